@@ -1,0 +1,228 @@
+"""What the peers said one step ago, by name, and the few messages that carry this step's words to them.
+
+Three phases. While steps are synchronous, ``keep`` stores what arrived under each name, and thereby learns the layout: who
+sends what to whom, in which order. The first displaced step lays the names out in a few *chunks* of about equal weight.
+From then on each name is read (``read``: waits, if need be, for the chunk that left one step ago) and written (``post``) once
+per step; a chunk leaves as soon as its last name is written, and has until its first name is read in the next step.
+
+Each chunk is one message per neighbour for what only neighbours get, and one all-gather for what all get; with two ranks
+these are the same peer, and one message carries both. Send buffers and received slots are different memory, allocated once
+per picture: one step's bytes each. The cut is computed from sizes that all ranks know, so all ranks cut alike.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from itertools import accumulate
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from .protocol import Comm, Pending
+
+MAX_MESSAGES = 8  # per rank and displaced step, the gathered output included
+MAX_CHUNKS = 4  # more would only add messages: with 4, each has at least three quarters of a step to arrive
+ALIGN = 16  # bytes: views of any dtype into one byte buffer stay aligned
+
+_ALL = -1  # the receiver of what every peer gets
+
+
+class _Buffers:
+    """Byte buffers, one per lane (a peer, or all), in which tensors have fixed places."""
+
+    def __init__(self) -> None:
+        self.sizes: dict[int, int] = {}  # bytes
+        self.tensors: dict[int, Tensor] = {}
+
+    def place(self, lane: int, like: _Spec) -> int:
+        """Reserve room in ``lane``; returns its offset."""
+        offset = self.sizes.get(lane, 0)
+        self.sizes[lane] = offset + -(-like.num_bytes // ALIGN) * ALIGN
+        return offset
+
+    def allocate(self, device: torch.device) -> None:
+        self.tensors = {lane: torch.empty(size, dtype=torch.uint8, device=device) for lane, size in self.sizes.items()}
+
+    def view(self, lane: int, offset: int, like: _Spec) -> Tensor:
+        room = self.tensors[lane][offset : offset + like.num_bytes]
+        return room.view(like.dtype).view(like.shape)
+
+
+class _Spec(NamedTuple):
+    shape: torch.Size
+    dtype: torch.dtype
+
+    @property
+    def num_bytes(self) -> int:
+        return self.shape.numel() * self.dtype.itemsize
+
+
+@dataclass
+class _Entry:
+    """One name: what peers said under it, and the layout of what is said to them."""
+
+    received: dict[int, Tensor]  # peer -> its words of the step before
+    outgoing: dict[int, _Spec]  # peer, or _ALL alone
+    links: frozenset[tuple[int, int]]  # every (sender, receiver) of the name over all ranks; empty: all to all
+    weight: int  # bytes that travel under the name between all ranks, the same number on each
+    chunk: int = -1
+    posts: dict[int, Tensor] = field(default_factory=dict)  # views into the send buffers
+
+
+class _Chunk:
+    """Names that travel together."""
+
+    def __init__(self, comm: Comm, entries: list[_Entry]) -> None:
+        self.num_posted = 0
+        self.sends = _Buffers()  # by receiver
+        self._comm = comm
+        self._entries = entries
+        self._recvs = _Buffers()  # by sender, point to point
+        self._gathered = _Buffers()  # by sender; the tensors are the result of the all-gather
+        self._arrivals: list[tuple[_Entry, int, _Buffers, int, _Spec]] = []
+        self._pending: list[Pending[None]] = []
+        self._gathering: Pending[list[Tensor]] | None = None
+        places = [(e, lane, self.sends.place(lane, spec), spec) for e in entries for lane, spec in e.outgoing.items()]
+        self.sends.allocate(comm.device)
+        for entry, lane, offset, spec in places:
+            entry.posts[lane] = self.sends.view(lane, offset, spec)
+        for entry in entries:
+            buffers = self._gathered if _ALL in entry.outgoing else self._recvs
+            for peer, words in entry.received.items():
+                spec = _Spec(words.shape, words.dtype)
+                self._arrivals.append((entry, peer, buffers, buffers.place(peer, spec), spec))
+        self._recvs.allocate(comm.device)
+        shared = {**self._gathered.sizes, comm.rank: self.sends.sizes.get(_ALL, 0)}
+        self._shared_sizes = [shared.get(rank, 0) for rank in range(comm.world)]
+
+    @property
+    def is_full(self) -> bool:
+        return self.num_posted == len(self._entries)
+
+    def launch(self) -> None:
+        """Send what was written and receive what the peers wrote, in the background."""
+        sends = {peer: words for peer, words in self.sends.tensors.items() if peer != _ALL and words.numel()}
+        recvs = {peer: words for peer, words in self._recvs.tensors.items() if words.numel()}
+        if sends or recvs:
+            self._pending.append(self._comm.swap(sends, recvs, kind="chunk"))
+        if any(self._shared_sizes):
+            self._gathering = self._comm.all_gather(self.sends.tensors[_ALL], self._shared_sizes, kind="chunk")
+        self.num_posted = 0
+
+    def arrive(self) -> None:
+        """Wait for what was launched, if anything is under way, and hand each name its words."""
+        if not self._pending and self._gathering is None:
+            return
+        for pending in self._pending:
+            pending.wait()
+        if self._gathering is not None:
+            self._gathered.tensors = dict(enumerate(self._gathering.wait()))
+        self._pending, self._gathering = [], None
+        for entry, peer, buffers, offset, spec in self._arrivals:
+            entry.received[peer] = buffers.view(peer, offset, spec)
+
+
+class Slots:
+    """The received words of one picture (and guidance branch) by name, and the chunks that carry them. See above."""
+
+    def __init__(self, comm: Comm) -> None:
+        self._comm = comm
+        self._entries: dict[str, _Entry] = {}
+        self._chunks: list[_Chunk] = []
+        self._due: _Chunk | None = None
+        self.own: dict[str, Tensor] = {}  # own words of the step before, where the policy asks for them
+
+    def __contains__(self, key: str) -> bool:
+        return key in self._entries
+
+    @property
+    def num_bytes(self) -> int:
+        """Bytes of the send buffers: one step's words."""
+        return sum(sum(chunk.sends.sizes.values()) for chunk in self._chunks)
+
+    def keep(
+        self,
+        key: str,
+        outgoing: Mapping[int, Tensor],
+        received: Mapping[int, Tensor],
+        *,
+        links: frozenset[tuple[int, int]],
+        weight: int,
+    ) -> None:
+        """Store what a synchronous step received under ``key`` from each peer, and what it sent to each.
+
+        ``links`` and ``weight`` (bytes between all ranks) are the same on all ranks. All ranks keep the same names in the
+        same order, those too that have nothing to say under a name.
+        """
+        assert not self._chunks, "names are learned before the first displaced step"
+        specs = {peer: _Spec(words.shape, words.dtype) for peer, words in outgoing.items()}
+        self._entries[key] = _Entry(dict(received), specs, links, weight)
+
+    def keep_shared(self, key: str, own: Tensor, parts: list[Tensor]) -> None:
+        """Store what everyone said to everyone under ``key``: ``parts[rank]``, own part included."""
+        comm = self._comm
+        received = {peer: part for peer, part in enumerate(parts) if peer != comm.rank}
+        weight = sum(part.numel() * part.element_size() for part in parts) * (comm.world - 1)
+        if comm.world == 2:
+            self.keep(key, {1 - comm.rank: own}, received, links=frozenset({(0, 1), (1, 0)}), weight=weight)
+        else:
+            self.keep(key, {_ALL: own}, received, links=frozenset(), weight=weight)
+
+    def read(self, key: str) -> dict[int, Tensor]:
+        """Peer -> its words under ``key`` in the step before.
+
+        They are views into the slot and may be used until the next ``read``: a chunk whose last name was posted leaves
+        then, not earlier, because its slots fill with the peers' next words as soon as it has left.
+        """
+        self._launch_due()
+        if not self._chunks:
+            self._seal()
+        entry = self._entries[key]
+        self._chunks[entry.chunk].arrive()
+        return entry.received
+
+    def post(self, key: str, outgoing: Mapping[int, Tensor]) -> None:
+        """Write this step's words under ``key`` into the chunk, after ``read`` of the same name."""
+        entry = self._entries[key]
+        for peer, words in outgoing.items():
+            entry.posts[peer].copy_(words)
+        chunk = self._chunks[entry.chunk]
+        chunk.num_posted += 1
+        if chunk.is_full:
+            self._due = chunk
+
+    def post_shared(self, key: str, own: Tensor) -> None:
+        """Write this step's words for everyone under ``key``."""
+        self.post(key, {1 - self._comm.rank if self._comm.world == 2 else _ALL: own})
+
+    def finish(self) -> bool:
+        """End the step: the last chunk leaves. False where a chunk was only partly written, and so did not leave."""
+        self._launch_due()
+        return not any(chunk.num_posted for chunk in self._chunks)
+
+    def drain(self) -> None:
+        """Wait for everything under way. All ranks have launched the same, so this ends."""
+        self._launch_due()
+        for chunk in self._chunks:
+            chunk.arrive()
+
+    def _launch_due(self) -> None:
+        if self._due is not None:
+            self._due.launch()
+            self._due = None
+
+    def _seal(self) -> None:
+        entries = list(self._entries.values())
+        links = frozenset[tuple[int, int]]().union(*(entry.links for entry in entries))
+        fan_out = max((sum(sender == rank for sender, _ in links) for rank in range(self._comm.world)), default=0)
+        shared = any(not entry.links for entry in entries)
+        per_chunk = max(fan_out + shared, 1)
+        num_chunks = max(min(MAX_CHUNKS, (MAX_MESSAGES - 1) // per_chunk), 1)
+        ends = list(accumulate(entry.weight for entry in entries))
+        groups: list[list[_Entry]] = [[] for _ in range(num_chunks)]
+        for entry, end in zip(entries, ends, strict=True):
+            entry.chunk = min((end - entry.weight // 2) * num_chunks // max(ends[-1], 1), num_chunks - 1)
+            groups[entry.chunk].append(entry)
+        self._chunks = [_Chunk(self._comm, group) for group in groups]

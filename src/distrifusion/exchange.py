@@ -1,0 +1,228 @@
+"""How old an answer may be: the freshness policies.
+
+A layer asks at its seam by one of three verbs. The policy answers with values of this step (`Fresh`), of the step before
+(`Stale`), or with none (`Absent`), and sends what the peers will want. Layers never know which policy they talk to.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from math import prod
+from typing import Any, Generic, Protocol, TypeVar
+
+from torch import Tensor
+
+from .comm import Comm, Pending
+from .comm.base import Done
+from .comm.slots import Slots
+from .config import GroupNormMode
+from .geometry import Halo
+from .moments import combine, correct
+
+T = TypeVar("T")
+
+
+class Exchange(Protocol):
+    """One step's policy. All ranks ask under the same keys in the same order."""
+
+    kind: str  # what ran, for the report
+
+    def begin(self) -> None:
+        """Start a step."""
+        ...
+
+    def neighbours(self, key: str, patch: Tensor, plan: Halo, dim: int) -> Pending[dict[int, Tensor]]:
+        """Rows of the peers: peer -> ``[..., rows, ...]`` for each of ``plan.recvs``.
+
+        ``patch`` is the own patch; ``plan.sends`` of its ``dim`` go to the peers. Called on every rank where any rows
+        travel. The result may be used until the next verb.
+        """
+        ...
+
+    def gather(self, key: str, own: Tensor, sizes: Sequence[int], dim: int) -> Pending[list[Tensor]]:
+        """Everyone's part, in order of rank; rank r's has ``sizes[r]`` along ``dim``. The own part is always fresh."""
+        ...
+
+    def moments(self, key: str, own: Tensor) -> tuple[Tensor, Tensor]:
+        """Mean and biased variance ``[K]`` of the whole picture, from the own moments ``[1 + 2K]`` (see moments.py)."""
+        ...
+
+    def finish(self) -> bool:
+        """End the step. False where the model left out seams, so that the next step cannot build on this one."""
+        ...
+
+
+class _Named:
+    """Names that stay unique when a module is called several times in one step."""
+
+    def __init__(self) -> None:
+        self._uses: Counter[str] = Counter()
+
+    def begin(self) -> None:
+        """Start a step."""
+        self._uses.clear()
+
+    def _name(self, key: str) -> str:
+        self._uses[key] += 1
+        return key if self._uses[key] == 1 else f"{key}#{self._uses[key]}"
+
+
+@dataclass
+class _Arriving(Generic[T]):
+    """What a launch will bring, once ``finish`` has turned it into what the layer asked for."""
+
+    travel: Pending[Any]
+    finish: Callable[[Any], T]
+
+    def wait(self) -> T:
+        return self.finish(self.travel.wait())
+
+
+class Fresh(_Named):
+    """Everything of this step: exact. With ``slots``, what arrives is kept for a displaced step to start from.
+
+    ``keeps_moments`` is False where that displaced step will not ask the slots for moments.
+    """
+
+    kind = "sync"
+
+    def __init__(self, comm: Comm, slots: Slots | None = None, *, keeps_moments: bool = True) -> None:
+        super().__init__()
+        self._comm = comm
+        self._slots = slots
+        self._keeps_moments = keeps_moments
+
+    def neighbours(self, key: str, patch: Tensor, plan: Halo, dim: int) -> Pending[dict[int, Tensor]]:
+        """See Exchange."""
+        sends = {peer: words.contiguous() for peer, words in _outgoing(patch, plan, dim).items()}
+        recvs = {peer: _rows_like(patch, dim, count) for peer, count in plan.recvs}
+        travel = self._comm.swap(sends, recvs, kind="halo")
+        if self._slots is not None:
+            weight = plan.total_recvs * prod(_resized(patch.shape, dim, 1)) * patch.element_size()
+            self._slots.keep(self._name(key), sends, recvs, links=plan.links, weight=weight)
+        return _Arriving(travel, lambda _: recvs)
+
+    def gather(self, key: str, own: Tensor, sizes: Sequence[int], dim: int) -> Pending[list[Tensor]]:
+        """See Exchange."""
+        name, own = self._name(key), own.contiguous()
+        row = prod(_resized(own.shape, dim, 1))
+        travel = self._comm.all_gather(own.view(-1), [size * row for size in sizes], kind="context")
+
+        def shaped(flat: list[Tensor]) -> list[Tensor]:
+            parts = [part.view(_resized(own.shape, dim, size)) for part, size in zip(flat, sizes, strict=True)]
+            if self._slots is not None:
+                self._slots.keep_shared(name, own, parts)
+            return parts
+
+        return _Arriving(travel, shaped)
+
+    def moments(self, key: str, own: Tensor) -> tuple[Tensor, Tensor]:
+        """See Exchange."""
+        parts = self._comm.all_gather(own, [own.numel()] * self._comm.world, kind="moments").wait()
+        if self._slots is not None and self._keeps_moments:
+            name = self._name(key)
+            self._slots.keep_shared(name, own, parts)
+            self._slots.own[name] = own
+        return combine(parts)
+
+    def finish(self) -> bool:
+        """See Exchange."""
+        return True
+
+
+class Stale(_Named):
+    """The own patch of this step, the peers' of the step before: DistriFusion. Sends leave in the background.
+
+    ``group_norm``: ``"corrected"`` (the paper's), ``"stale"`` (own fresh, peers old), ``"separate"`` (own only),
+    ``"sync"`` (fresh everywhere: exact statistics, and the wait for them).
+    """
+
+    kind = "displaced"
+
+    def __init__(self, comm: Comm, slots: Slots, group_norm: GroupNormMode) -> None:
+        super().__init__()
+        self._slots = slots
+        self._group_norm = group_norm
+        self._rank = comm.rank
+        # A seam that the synchronous steps did not pass has no words of the step before: it is exchanged at once.
+        self._fresh = Fresh(comm)
+
+    def neighbours(self, key: str, patch: Tensor, plan: Halo, dim: int) -> Pending[dict[int, Tensor]]:
+        """See Exchange."""
+        name = self._name(key)
+        if name not in self._slots:
+            return self._fresh.neighbours(key, patch, plan, dim)
+        before = self._slots.read(name)
+        self._slots.post(name, _outgoing(patch, plan, dim))
+        return Done(before)
+
+    def gather(self, key: str, own: Tensor, sizes: Sequence[int], dim: int) -> Pending[list[Tensor]]:
+        """See Exchange."""
+        name = self._name(key)
+        if name not in self._slots:
+            return self._fresh.gather(key, own, sizes, dim)
+        before = self._slots.read(name)
+        self._slots.post_shared(name, own)
+        return Done(self._with_own(before, own))
+
+    def moments(self, key: str, own: Tensor) -> tuple[Tensor, Tensor]:
+        """See Exchange."""
+        name = self._name(key)
+        if self._group_norm == "separate":
+            return combine([own])
+        if self._group_norm == "sync" or name not in self._slots:
+            return self._fresh.moments(key, own)
+        before, own_before = self._slots.read(name), self._slots.own[name]
+        self._slots.post_shared(name, own)
+        self._slots.own[name] = own
+        if self._group_norm == "stale":
+            return combine(self._with_own(before, own))
+        return correct(own, own_before, self._with_own(before, own_before))
+
+    def finish(self) -> bool:
+        """See Exchange."""
+        return self._slots.finish()
+
+    def _with_own(self, others: dict[int, Tensor], own: Tensor) -> list[Tensor]:
+        return [own if rank == self._rank else others[rank] for rank in range(len(others) + 1)]
+
+
+class Absent(_Named):
+    """Nothing of the peers: each patch is a picture of its own, with zeros around it. Sends nothing."""
+
+    kind = "naive"
+
+    def __init__(self, rank: int) -> None:
+        super().__init__()
+        self._rank = rank
+
+    def neighbours(self, key: str, patch: Tensor, plan: Halo, dim: int) -> Pending[dict[int, Tensor]]:
+        """See Exchange."""
+        return Done({peer: _rows_like(patch, dim, count).zero_() for peer, count in plan.recvs})
+
+    def gather(self, key: str, own: Tensor, sizes: Sequence[int], dim: int) -> Pending[list[Tensor]]:
+        """See Exchange. The peers' parts are empty."""
+        nothing = own.narrow(dim, 0, 0)
+        return Done([own if rank == self._rank else nothing for rank in range(len(sizes))])
+
+    def moments(self, key: str, own: Tensor) -> tuple[Tensor, Tensor]:
+        """See Exchange."""
+        return combine([own])
+
+    def finish(self) -> bool:
+        """See Exchange."""
+        return True
+
+
+def _outgoing(patch: Tensor, plan: Halo, dim: int) -> dict[int, Tensor]:
+    return {peer: patch.narrow(dim, span.start, len(span)) for peer, span in plan.sends}
+
+
+def _resized(shape: Sequence[int], dim: int, size: int) -> tuple[int, ...]:
+    return (*shape[:dim], size, *shape[dim + 1 :])
+
+
+def _rows_like(patch: Tensor, dim: int, count: int) -> Tensor:
+    return patch.new_empty(_resized(patch.shape, dim, count))

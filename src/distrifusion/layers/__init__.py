@@ -1,0 +1,18 @@
+"""Layers that compute on a patch: a module of the model plus its seam. They say what they need, never when it is sent."""
+
+from .attention import PatchAttention
+from .base import Frame, FrameHolder, Layer
+from .conv import PatchConv
+from .norm import PatchGroupNorm
+from .resample import PatchDownsample, PatchUpsample
+
+__all__ = [
+    "Frame",
+    "FrameHolder",
+    "Layer",
+    "PatchAttention",
+    "PatchConv",
+    "PatchDownsample",
+    "PatchGroupNorm",
+    "PatchUpsample",
+]

@@ -1,0 +1,119 @@
+"""Attention of a patch to the whole picture: own queries, everyone's keys and values."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..errors import UnsupportedModel
+from .base import Frame, FrameHolder, Layer
+
+MaskToTokens = Callable[[Tensor, int, int, int], Tensor]
+"""(mask [B, H, W], batch, tokens, channels) -> [B, tokens, channels]: how IP-Adapter brings a mask to a level's size."""
+
+
+class PatchAttention(Layer):
+    """A diffusers ``Attention`` over the image tokens ``[B, tokens, C]`` or ``[B, C, rows, W]`` of a patch, own in, own out.
+
+    The processor that the user set runs as it is, on a view of the module whose ``to_k`` and ``to_v`` answer for the whole
+    picture. K and V are those of the module at this moment, so a LoRA loaded later counts. Attention does not depend on the
+    order of keys, so the parts are put one after the other by rank, for columns as for rows. Cross-attention to text needs
+    nothing from the peers.
+    """
+
+    def __init__(
+        self,
+        module: nn.Module,
+        key: str,
+        holder: FrameHolder,
+        *,
+        level: int,
+        mask_to_tokens: MaskToTokens | None = None,
+    ) -> None:
+        super().__init__(module, key, holder)
+        self.level = level
+        self._mask_to_tokens = mask_to_tokens
+
+    @property
+    def forward(self) -> Callable[..., Any]:
+        """See Layer."""
+        return self._forward
+
+    def _forward(
+        self,
+        hidden_states: Tensor,
+        encoder_hidden_states: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        **kwargs: Any,
+    ) -> Tensor:
+        frame, attn = self.frame, self.module
+        to_image = encoder_hidden_states is None or attn.added_kv_proj_dim is not None
+        if to_image and attention_mask is not None:
+            raise UnsupportedModel(f"{self.key}: attention_mask over image tokens is not known in patches; leave it out")
+        if not hidden_states.numel():
+            return self._without_tokens(frame, hidden_states, to_image)
+        if kwargs.get("ip_adapter_masks") is not None:
+            kwargs["ip_adapter_masks"] = self._own_masks(frame, kwargs["ip_adapter_masks"])
+        view = _View(attn, self, frame) if to_image and not attn.only_cross_attention else attn
+        output: Tensor = type(attn).forward(view, hidden_states, encoder_hidden_states, attention_mask, **kwargs)
+        return output
+
+    def gather(self, frame: Frame, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        """Keys and values ``[B, all tokens, C]`` from the own ones ``[B, tokens, C]``, as one message."""
+        own = torch.cat([k, v], dim=-1)
+        parts = frame.exchange.gather(self.key, own, frame.num_tokens(self.level), 1).wait()
+        whole = torch.cat(parts, dim=1)
+        return whole[..., : k.shape[-1]], whole[..., k.shape[-1] :]
+
+    def _without_tokens(self, frame: Frame, x: Tensor, to_image: bool) -> Tensor:
+        """A rank whose patch has no rows at this level still takes part in what its peers gather."""
+        attn = self.module
+        if to_image and attn.group_norm is not None:
+            attn.group_norm(x.flatten(2) if x.ndim == 4 else x.transpose(1, 2))
+        if to_image and not attn.only_cross_attention:
+            tokens = x.flatten(2).transpose(1, 2) if x.ndim == 4 else x
+            self.gather(frame, attn.to_k(tokens), attn.to_v(tokens))
+        return x
+
+    def _own_masks(self, frame: Frame, masks: Any) -> list[Tensor]:
+        """Own rows of IP-Adapter's masks ``[1, images, H, W]``, brought to this level's size over the whole picture."""
+        assert self._mask_to_tokens is not None, "this model's table does not know IP-Adapter masks"
+        split, across = frame.split(self.level), frame.levels.across[self.level]
+        span = split.span(frame.patch)
+        own = []
+        for mask in masks if isinstance(masks, list) else list(masks.unsqueeze(1)):
+            images = []
+            for image in range(mask.shape[1]):
+                tokens = self._mask_to_tokens(mask[:, image], mask.shape[0], split.size * across, 1)
+                whole = tokens.view(mask.shape[0], *frame.sides(self.level, split.size))
+                images.append(whole.narrow(frame.dim - 1, span.start, len(span)))
+            own.append(torch.stack(images, dim=1))
+        return own
+
+
+class _View:
+    """The Attention module as its processor sees it during one call."""
+
+    def __init__(self, attn: Any, layer: PatchAttention, frame: Frame) -> None:
+        self._attn, self._layer, self._frame = attn, layer, frame
+        self._tokens: Tensor | None = None  # of the last to_k
+        self._values: Tensor | None = None
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._attn, name)
+
+    def to_k(self, tokens: Tensor) -> Tensor:
+        """Keys of the whole picture; the values of the same tokens come in the same message."""
+        k, self._values = self._layer.gather(self._frame, self._attn.to_k(tokens), self._attn.to_v(tokens))
+        self._tokens = tokens
+        return k
+
+    def to_v(self, tokens: Tensor) -> Tensor:
+        """Values of the whole picture; for other tokens than the keys' (PAG's identity branch) just their own."""
+        if tokens is self._tokens and self._values is not None:
+            return self._values
+        own: Tensor = self._attn.to_v(tokens)
+        return own

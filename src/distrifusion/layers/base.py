@@ -1,0 +1,124 @@
+"""What every patch layer has: its module, its name, and the frame that says where the present step stands."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..errors import UnsupportedModel
+from ..exchange import Exchange
+from ..geometry import Levels, Reader, Split, halo
+
+
+@dataclass
+class Frame:
+    """One denoiser's present call on one rank: set before the model runs, read by its layers, never written by them."""
+
+    patch: int  # this rank's patch
+    dim: int  # the split dim of [B, C, H, W]: 2 rows, 3 cols
+    levels: Levels
+    exchange: Exchange
+
+    def split(self, level: int) -> Split:
+        """Who owns which rows at ``level`` of the model."""
+        return self.levels.splits[level]
+
+    def num_tokens(self, level: int) -> list[int]:
+        """Tokens of each patch at ``level``."""
+        return [rows * self.levels.across[level] for rows in self.levels.splits[level].sizes]
+
+    def sides(self, level: int, rows: int) -> tuple[int, int]:
+        """Height and width of ``rows`` rows (or columns) at ``level``."""
+        across = self.levels.across[level]
+        return (rows, across) if self.dim == 2 else (across, rows)
+
+
+class FrameHolder:
+    """Where the layers of one denoiser find the frame of the present call."""
+
+    def __init__(self) -> None:
+        self.frame: Frame | None = None
+
+    def now(self) -> Frame:
+        """The present frame."""
+        assert self.frame is not None, "a patch layer ran outside of the denoiser's forward"
+        return self.frame
+
+
+class Layer:
+    """A module of the model whose ``forward`` is this object's while the model is parallel.
+
+    The module itself stays where it is, with its weights, hooks and class, so that state dicts, LoRA and everything else
+    that reaches into the model goes on working; ``detach`` leaves no trace.
+    """
+
+    def __init__(self, module: nn.Module, key: str, holder: FrameHolder) -> None:
+        self.module: Any = module
+        self.key = key
+        self._holder = holder
+
+    @property
+    def frame(self) -> Frame:
+        """The present frame."""
+        return self._holder.now()
+
+    @property
+    def forward(self) -> Callable[..., Any]:
+        """What the module does instead of its own forward."""
+        raise NotImplementedError
+
+    def attach(self) -> None:
+        """Take over the module's forward.
+
+        Raises:
+            UnsupportedModel: another library has replaced it already, so that ours would silently undo theirs.
+        """
+        if "forward" in self.module.__dict__:
+            raise UnsupportedModel(
+                f"{self.key} ({type(self.module).__name__}): another library has replaced its forward (sequential offload, "
+                "layerwise casting ...); take that off, or switch it on after df.parallelize"
+            )
+        self.module.forward = self.forward
+
+    def detach(self) -> None:
+        """Give the module its own forward back."""
+        self.module.__dict__.pop("forward", None)
+
+
+def with_halo(
+    frame: Frame, key: str, patch: Tensor, inputs: Split, outputs: Split, reader: Reader
+) -> Tensor:
+    """The rows a layer reads to make the output rows it owns: ``patch`` ``[B, C, rows, W]`` with its halo attached.
+
+    Zeros stand where the layer reads beyond the picture. The result has no rows where the rank owns no output.
+    """
+    dim, plan = frame.dim, halo(inputs, outputs, reader, frame.patch)
+    pending = frame.exchange.neighbours(key, patch, plan, dim) if plan.links else None
+    if plan.is_whole_patch:
+        own = patch.narrow(dim, plan.own.start, len(plan.own))
+        if pending is not None:
+            pending.wait()
+        return own
+    shape = list(patch.shape)
+    shape[dim] = plan.num_rows
+    layout = torch.channels_last if _is_channels_last(patch) else torch.contiguous_format
+    rows = torch.empty(shape, dtype=patch.dtype, device=patch.device, memory_format=layout)
+    lengths = [plan.zeros[0], plan.before, len(plan.own), plan.after, plan.zeros[1]]
+    zeros_before, before, own, after, zeros_after = rows.split(lengths, dim)
+    zeros_before.zero_()
+    zeros_after.zero_()
+    own.copy_(patch.narrow(dim, plan.own.start, len(plan.own)))  # while the halo travels
+    received = pending.wait() if pending is not None else {}
+    for side, peers in ((before, range(frame.patch)), (after, range(frame.patch + 1, inputs.num_patches))):
+        arrived = [(peer, count) for peer, count in plan.recvs if peer in peers]
+        for (peer, _), part in zip(arrived, side.split([count for _, count in arrived], dim) if arrived else (), strict=True):
+            part.copy_(received[peer])
+    return rows
+
+
+def _is_channels_last(x: Tensor) -> bool:
+    return x.is_contiguous(memory_format=torch.channels_last) and not x.is_contiguous()

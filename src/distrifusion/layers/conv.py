@@ -1,0 +1,122 @@
+"""Convolution and pooling over a patch: the halo comes from the neighbours, the arithmetic is torch's own."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ..errors import UnsupportedModel
+from ..geometry import Span, Split, Window
+from .base import Frame, FrameHolder, Layer, with_halo
+
+Pads = tuple[int, int]
+
+
+def windows(module: Any, extra: Pads = (0, 0), name: str = "") -> tuple[Window, Window]:
+    """The windows of a Conv2d or AvgPool2d, ``name`` in the model, along rows and along columns.
+
+    ``extra`` rows and columns of zeros, before and after, are what the module around it pads.
+
+    Raises:
+        UnsupportedModel: padding that is not zeros, or pooling that rounds up or leaves the padding out of its mean.
+    """
+    if isinstance(module, nn.AvgPool2d):
+        if module.ceil_mode or module.padding not in (0, (0, 0)):
+            raise UnsupportedModel(f"{name} (AvgPool2d) with padding={module.padding} ceil_mode={module.ceil_mode}: use neither")
+        kernel, stride = _pair(module.kernel_size), _pair(module.stride)
+        return Window(kernel[0], stride[0], extra), Window(kernel[1], stride[1], extra)
+    if module.padding_mode != "zeros" and any(_pads(module)[0] + _pads(module)[1]):
+        raise UnsupportedModel(f"{name} (Conv2d) with padding_mode={module.padding_mode!r}: only 'zeros' is known in patches")
+    both = []
+    for axis in (0, 1):
+        before, after = _pads(module)[axis]
+        padding = (before + extra[0], after + extra[1])
+        both.append(Window(module.kernel_size[axis], module.stride[axis], padding, module.dilation[axis]))
+    return both[0], both[1]
+
+
+class PatchConv(Layer):
+    """``nn.Conv2d`` or ``nn.AvgPool2d``: ``[B, C, rows, W]`` -> ``[B, C', rows', W']``, own rows in and out.
+
+    ``level`` and ``level_out`` are the model's levels before and after. With ``reads_whole`` the input is the whole picture,
+    which every rank has (the first convolution): nothing travels.
+    """
+
+    def __init__(
+        self,
+        module: nn.Module,
+        key: str,
+        holder: FrameHolder,
+        *,
+        level: int,
+        level_out: int,
+        extra: Pads = (0, 0),
+        reads_whole: bool = False,
+    ) -> None:
+        super().__init__(module, key, holder)
+        self.level, self.level_out = level, level_out
+        self._windows = windows(module, extra, key)
+        self._extra = extra
+        self._reads_whole = reads_whole
+
+    @property
+    def forward(self) -> Callable[..., Any]:
+        """See Layer."""
+        return self._forward
+
+    def _forward(self, x: Tensor) -> Tensor:
+        frame = self.frame
+        inputs, outputs = frame.split(self.level), frame.split(self.level_out)
+        window = self._windows[frame.dim - 2]
+        if self._reads_whole:
+            rows = _window_of_whole(x, frame, outputs, window)
+        else:
+            rows = with_halo(frame, self.key, x, inputs, outputs, window)
+        if not len(outputs.span(frame.patch)):
+            channels = x.shape[1] if isinstance(self.module, nn.AvgPool2d) else self.module.out_channels
+            return x.new_empty(x.shape[0], channels, *frame.sides(self.level_out, 0))
+        across = self._windows[3 - frame.dim].padding
+        if across[0] != across[1]:
+            rows = F.pad(rows, (*across, 0, 0) if frame.dim == 2 else (0, 0, *across))
+            across = (0, 0)
+        padding = (0, across[0]) if frame.dim == 2 else (across[0], 0)
+        return self._apply(rows, padding)
+
+    def _apply(self, rows: Tensor, padding: Pads) -> Tensor:
+        module = self.module
+        if isinstance(module, nn.AvgPool2d):
+            return F.avg_pool2d(
+                rows, module.kernel_size, module.stride, padding, divisor_override=module.divisor_override
+            )
+        return F.conv2d(rows, module.weight, module.bias, module.stride, padding, module.dilation, module.groups)
+
+
+def _window_of_whole(x: Tensor, frame: Frame, outputs: Split, window: Window) -> Tensor:
+    out = outputs.span(frame.patch)
+    if not len(out):
+        return x.narrow(frame.dim, 0, 0)
+    reads = window.reads(out)
+    inside = reads & Span(0, x.shape[frame.dim])
+    before, after = inside.start - reads.start, reads.stop - inside.stop
+    rows = x.narrow(frame.dim, inside.start, len(inside))
+    return F.pad(rows, (0, 0, before, after) if frame.dim == 2 else (before, after, 0, 0))
+
+
+def _pads(module: nn.Conv2d) -> tuple[Pads, Pads]:
+    if module.padding == "same":
+        both = []
+        for kernel, dilation in zip(module.kernel_size, module.dilation, strict=True):
+            total = dilation * (kernel - 1)
+            both.append((total // 2, total - total // 2))
+        return both[0], both[1]
+    if module.padding == "valid":
+        return (0, 0), (0, 0)
+    rows, cols = _pair(module.padding)
+    return (rows, rows), (cols, cols)
+
+
+def _pair(value: Any) -> tuple[int, int]:
+    return (value, value) if isinstance(value, int) else (value[0], value[1])

@@ -1,0 +1,47 @@
+"""Group norm over a patch: the statistics are the whole picture's, the arithmetic is the patch's."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch.nn.functional as F
+from torch import Tensor
+
+from ..moments import measure
+from .base import Layer
+
+
+class PatchGroupNorm(Layer):
+    """``nn.GroupNorm``: ``[B, C, rows, W]`` or ``[B, C, tokens]`` -> the same shape and dtype.
+
+    Moments are float32 for every dtype of the input, the variance is biased, as in torch.
+    """
+
+    @property
+    def forward(self) -> Callable[..., Any]:
+        """See Layer."""
+        return self._forward
+
+    def _forward(self, x: Tensor) -> Tensor:
+        module, x = self.module, x.contiguous()
+        batch, channels = x.shape[:2]
+        own = measure(x.view(batch * module.num_groups, x[:1, : channels // module.num_groups].numel()))
+        mean, var = self.frame.exchange.moments(self.key, own)
+        if not x.numel():
+            return x
+        # Batch norm with given statistics is the affine map wanted here, in one pass and with mixed dtypes: one "channel"
+        # per (sample, channel).
+        width = channels // module.num_groups
+        weight, bias = module.weight, module.bias
+        normed = F.batch_norm(
+            x.view(1, batch * channels, *x.shape[2:]),
+            mean.repeat_interleave(width),
+            var.repeat_interleave(width),
+            weight.float().repeat(batch) if weight is not None else None,
+            bias.float().repeat(batch) if bias is not None else None,
+            training=False,
+            momentum=0.0,
+            eps=module.eps,
+        )
+        return normed.view(x.shape)

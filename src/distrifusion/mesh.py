@@ -1,0 +1,60 @@
+"""Named axes of ranks: which coordinates a rank has and who its peers are. No process groups, no torch."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from math import prod
+
+from .config import ParallelConfig
+from .errors import ConfigError
+
+AXES = ("cfg", "patch")
+"""Outermost first: the ranks of one patch group are consecutive, so they share a node where that is possible."""
+
+
+@dataclass(frozen=True)
+class Mesh:
+    """Ranks 0 .. world-1 laid out over the axes, row-major, the last axis fastest."""
+
+    sizes: tuple[int, ...]  # one per name in AXES
+
+    @classmethod
+    def fit(cls, config: ParallelConfig, world: int) -> Mesh:
+        """The mesh of ``config`` over ``world`` ranks.
+
+        Raises:
+            ConfigError: the product of the axes is not the world.
+        """
+        patch = config.patch if config.patch is not None else max(world // config.cfg, 1)
+        if config.cfg * patch != world:
+            asked = f"cfg={config.cfg} x patch={patch if config.patch is not None else 'any'}"
+            fits = (
+                f"{config.cfg * config.patch} ranks" if config.patch is not None else f"a multiple of {config.cfg} ranks"
+            )
+            raise ConfigError(f"a world of {world} does not fit {asked}: start {fits}, or change the product")
+        return cls((config.cfg, patch))
+
+    @property
+    def world(self) -> int:
+        """Number of ranks: the product of the axes."""
+        return prod(self.sizes)
+
+    def size(self, axis: str) -> int:
+        """Number of ranks along ``axis``."""
+        return self.sizes[AXES.index(axis)]
+
+    def coordinate(self, rank: int, axis: str) -> int:
+        """Position of ``rank`` along ``axis``."""
+        return rank // self._stride(axis) % self.size(axis)
+
+    def groups(self, axis: str) -> list[list[int]]:
+        """All groups of ranks that differ along ``axis`` only, each in order of their coordinate."""
+        stride, size = self._stride(axis), self.size(axis)
+        firsts = [rank for rank in range(self.world) if self.coordinate(rank, axis) == 0]
+        return [[first + stride * i for i in range(size)] for first in firsts]
+
+    def _stride(self, axis: str) -> int:
+        return prod(self.sizes[AXES.index(axis) + 1 :])
+
+    def __str__(self) -> str:
+        return " x ".join(f"{axis} {size}" for axis, size in zip(AXES, self.sizes, strict=True))

@@ -1,0 +1,78 @@
+"""What ran, in numbers: the one line at the end of a run and its JSON twin."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass, field
+from statistics import median
+from typing import Any
+
+
+@dataclass
+class Report:
+    """One picture (or one call of the pipeline) as it ran on this rank.
+
+    ``patches`` are the rows (or columns) of latent each rank of a patch group owns; ``seconds`` has one entry per call of
+    the denoiser, ``messages`` and ``bytes`` what this rank sent in it, ``kinds`` how fresh it was
+    (``"sync"``, ``"displaced"``, ``"naive"`` ...).
+    """
+
+    strategy: str
+    mesh: str
+    split: str = "rows"
+    patches: tuple[int, ...] = ()
+    seconds: list[float] = field(default_factory=list)
+    messages: list[int] = field(default_factory=list)
+    bytes: list[int] = field(default_factory=list)
+    kinds: list[str] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
+
+    def step(self, kind: str, seconds: float, messages: int, num_bytes: int) -> None:
+        """Record one call of the denoiser."""
+        self.kinds.append(kind)
+        self.seconds.append(seconds)
+        self.messages.append(messages)
+        self.bytes.append(num_bytes)
+
+    def as_dict(self) -> dict[str, Any]:
+        """Plain values for JSON: the medians of the prevailing (last) kind of step beside the counts of each kind."""
+        last = self.kinds[-1] if self.kinds else self.strategy
+        chosen = [i for i, kind in enumerate(self.kinds) if kind == last]
+        return {
+            "strategy": self.strategy,
+            "mesh": self.mesh,
+            "split": self.split,
+            "patches": list(self.patches),
+            "steps": {kind: self.kinds.count(kind) for kind in dict.fromkeys(self.kinds)},
+            "seconds_per_step": median([self.seconds[i] for i in chosen]) if chosen else None,
+            "messages_per_step": round(median([self.messages[i] for i in chosen])) if chosen else 0,
+            "bytes_per_step": round(median([self.bytes[i] for i in chosen])) if chosen else 0,
+            "notes": list(self.notes),
+        }
+
+    def line(self) -> str:
+        """The one line a person reads at the end."""
+        facts = self.as_dict()
+        pace = facts["seconds_per_step"]
+        steps = " + ".join(f"{count} {kind}" for kind, count in facts["steps"].items()) or "none"
+        parts = [
+            f"strategy {self.strategy}",
+            f"mesh {self.mesh}",
+            f"{self.split} per rank {'+'.join(map(str, self.patches)) or '-'}",
+            f"steps {steps}",
+            f"{pace:.3f} s/step" if pace is not None else "- s/step",
+            f"{human_bytes(facts['bytes_per_step'])} and {facts['messages_per_step']} messages sent per step and rank",
+        ]
+        return " | ".join(parts + self.notes)
+
+    def copy(self) -> Report:
+        """A snapshot that later steps leave alone."""
+        return Report(**asdict(self))
+
+
+def human_bytes(count: float) -> str:
+    """``count`` bytes in the largest binary unit that keeps the number at 1 or more."""
+    for unit in ("B", "KiB", "MiB"):
+        if count < 1024:
+            return f"{count:.0f} {unit}" if unit == "B" else f"{count:.1f} {unit}"
+        count /= 1024
+    return f"{count:.2f} GiB"

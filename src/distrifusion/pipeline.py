@@ -1,0 +1,147 @@
+"""``parallelize`` and ``restore``: a diffusers pipeline or denoiser spread over the ranks, in place, and back."""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+from diffusers import DiffusionPipeline
+from torch import nn
+
+from .comm import Comm
+from .config import ParallelConfig
+from .errors import ConfigError, UnsupportedModel
+from .mesh import Mesh
+from .metrics import Report
+from .models import is_known, table_for
+from .strategies.denoiser import ParallelDenoiser
+
+T = TypeVar("T")
+
+DENOISERS = ("unet", "transformer", "transformer_2")
+"""Components of a pipeline that predict the noise."""
+
+_MARK = "_distrifusion"  # the attribute of a denoiser that is parallel
+
+
+def parallelize(target: T, config: ParallelConfig | None = None, comm: Comm | None = None) -> T:
+    """Spread every denoising step of ``target`` over the ranks, in place.
+
+    Every rank calls this, and then the same pipeline with the same arguments; every rank gets the whole result.
+
+    Args:
+        target: a diffusers pipeline or a denoiser, already loaded.
+        config: how; None: ``ParallelConfig()``, displaced patches over all ranks.
+        comm: the ranks; None: torch.distributed's group if there is one, else one made from torchrun's variables
+            (LOCAL_RANK picks the device; NCCL on CUDA, Gloo on CPU), else a world of one.
+
+    Returns:
+        The same object. A world of one changes nothing.
+
+    Raises:
+        ConfigError: the world does not fit the configuration, or the target is parallel already.
+        UnsupportedModel: a model without a table, or a module that would be computed wrongly in patches.
+        RanksDisagree: the ranks have different configurations.
+    """
+    config = config if config is not None else ParallelConfig()
+    models = _denoisers(target)
+    for model in models:
+        if hasattr(model, _MARK):
+            raise ConfigError(f"this {type(model).__name__} is parallel already; call df.restore first")
+    if comm is None:
+        comm = _comm_from_environment(target, models)
+    world = comm.world if comm is not None else 1
+    Mesh.fit(config, world)
+    if comm is None or world == 1:
+        return target
+    timesteps = _timesteps_of(target)
+    done: list[ParallelDenoiser] = []
+    try:
+        for model in models:
+            done.append(ParallelDenoiser(table_for(model), config, comm, timesteps))
+            setattr(model, _MARK, done[-1])
+    except Exception:
+        restore(target)
+        raise
+    return target
+
+
+def restore(target: T) -> T:
+    """Take everything back: the model is bit-equal to before and carries no wrapper. What is not parallel is left alone."""
+    for model in _denoisers(target):
+        parallel = getattr(model, _MARK, None)
+        if parallel is not None:
+            parallel.detach()
+            delattr(model, _MARK)
+    return target
+
+
+def reset(target: Any) -> None:
+    """The next call starts a new picture. Pipelines do this by themselves; loops over a bare denoiser may need it."""
+    for model in _denoisers(target):
+        parallel = getattr(model, _MARK, None)
+        if parallel is not None:
+            parallel.reset()
+
+
+def report(target: Any) -> Report:
+    """What ran on this rank for the present or last picture. A target that is not parallel reports one rank, no steps."""
+    for model in _denoisers(target):
+        parallel = getattr(model, _MARK, None)
+        if parallel is not None:
+            found: Report = parallel.report.copy()
+            return found
+    return Report("none", str(Mesh((1, 1))))
+
+
+def _denoisers(target: Any) -> list[Any]:
+    """The denoisers of ``target`` that have a table.
+
+    Raises:
+        UnsupportedModel: there is none; says what is known.
+    """
+    if isinstance(target, DiffusionPipeline):
+        found = [getattr(target, name, None) for name in DENOISERS]
+        models = [_unwrapped(model) for model in found if isinstance(model, nn.Module)]
+        if not models:
+            raise UnsupportedModel(
+                f"{type(target).__name__} has no denoiser by one of the names {', '.join(DENOISERS)}; give the denoiser itself"
+            )
+        known = [model for model in models if is_known(model)]
+        if not known:
+            table_for(models[0])  # raises, with the list
+        return known
+    if isinstance(target, nn.Module):
+        model = _unwrapped(target)
+        table_for(model)
+        return [model]
+    raise UnsupportedModel(f"{type(target).__name__} is neither a diffusers pipeline nor a denoiser")
+
+
+def _unwrapped(model: nn.Module) -> nn.Module:
+    """The module below ``torch.compile``."""
+    original = getattr(model, "_orig_mod", model)
+    assert isinstance(original, nn.Module)
+    return original
+
+
+def _timesteps_of(target: Any) -> Callable[[], Any]:
+    """Asks the pipeline's scheduler of the moment for its timesteps: ``set_timesteps`` makes a new tensor for each picture."""
+    if not isinstance(target, DiffusionPipeline):
+        return lambda: None
+    pipe = weakref.ref(target)  # the denoiser may outlive the pipeline, through from_pipe
+    return lambda: getattr(getattr(pipe(), "scheduler", None), "timesteps", None)
+
+
+def _comm_from_environment(target: Any, models: list[Any]) -> Comm | None:
+    from .comm.torch_dist import TorchComm
+
+    device = next(models[0].parameters()).device
+    comm = TorchComm.from_environment(device.type)
+    if comm is not None and device.type != "cpu" and comm.device != device:
+        # Loaded with .to("cuda"), which is the first device on every rank.
+        target.to(comm.device)
+    return comm
+
+

@@ -1,0 +1,74 @@
+"""Ranks that were given different work are told so, before they wait for each other."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..comm import Comm
+from ..config import ParallelConfig
+from ..errors import RanksDisagree
+from ..models import Call
+
+NUM_PROBES = 64
+TOLERANCE = 0.1  # of the mean magnitude: devices of different makes round differently, other seeds differ by over 1
+
+
+def check_call(comm: Comm, call: Call, config: ParallelConfig) -> None:
+    """Compare size, batch, dtype and configuration of all ranks. Blocks; once per picture.
+
+    Raises:
+        RanksDisagree: names what differs, and two values with their ranks.
+    """
+    batch, channels, height, width = call.sample.shape
+    facts = {
+        "latent size": f"{height} x {width}",
+        "batch": batch,
+        "channels": channels,
+        "dtype": str(call.sample.dtype).removeprefix("torch."),
+        "configuration": str(config),
+    }
+    agree(comm, facts)
+
+
+def agree(comm: Comm, facts: dict[str, Any]) -> None:
+    """Compare named values of all ranks. Blocks.
+
+    Raises:
+        RanksDisagree: names what differs, and two values with their ranks.
+    """
+    everyone = comm.all_gather_object(facts)
+    for name, value in everyone[0].items():
+        for rank, theirs in enumerate(everyone):
+            if theirs.get(name) != value:
+                raise RanksDisagree(
+                    f"{name} differs: rank 0 has {value}, rank {rank} has {theirs.get(name)}; "
+                    "every rank must make the same calls with the same arguments"
+                )
+
+
+def probe(sample: Tensor) -> Tensor:
+    """Some of the latents ``[64 or fewer]``, spread over the whole, that travel with the prediction for comparison."""
+    flat = sample.reshape(-1)
+    return flat[:: max(flat.numel() // NUM_PROBES, 1)][:NUM_PROBES]
+
+
+def check_latents(probes: list[Tensor]) -> None:
+    """Compare the latents that the ranks stepped from. On an accelerator this is left out: the host must not wait.
+
+    Raises:
+        RanksDisagree: two ranks have different latents, so they drew different noise.
+    """
+    if probes[0].device.type != "cpu":
+        return
+    first = probes[0].float()
+    for rank, other in enumerate(probes[1:], 1):
+        difference = (first - other.float()).abs().mean()
+        if not difference <= TOLERANCE * first.abs().mean() and torch.isfinite(difference):
+            shown = [", ".join(f"{value:.3f}" for value in values[:3].tolist()) for values in (probes[0], other)]
+            raise RanksDisagree(
+                f"latents differ: rank 0 starts with [{shown[0]}, ...], rank {rank} with [{shown[1]}, ...]; give every rank the "
+                "same seed (generator=torch.Generator().manual_seed(0), or torch.manual_seed(0) before the call)"
+            )

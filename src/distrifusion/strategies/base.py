@@ -1,0 +1,36 @@
+"""What a strategy is: which layers, which split, which policy. It passes its state in and out and keeps none itself."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Protocol
+
+from ..comm.slots import Slots
+from ..exchange import Exchange
+
+
+@dataclass
+class State:
+    """One picture's progress in one guidance branch."""
+
+    step: int = 0  # calls of the denoiser so far
+    slots: Slots | None = None
+
+    def drain(self) -> None:
+        """Wait for what is still under way."""
+        if self.slots is not None:
+            self.slots.drain()
+
+
+class Strategy(Protocol):
+    """How the ranks of one patch group share a picture."""
+
+    name: str
+
+    def start(self) -> State:
+        """The state before a picture's first step."""
+        ...
+
+    def policy(self, state: State) -> Exchange:
+        """How fresh the peers' values are in this step."""
+        ...

@@ -1,0 +1,51 @@
+"""Patch parallelism: every rank computes its rows and knows the rest, exactly or one step late."""
+
+from __future__ import annotations
+
+from ..comm import Comm
+from ..comm.slots import Slots
+from ..config import ParallelConfig
+from ..exchange import Exchange, Fresh, Stale
+from .base import State
+
+
+class Sync:
+    """Every value of this step: equal to one device. Waits at every seam."""
+
+    name = "sync"
+
+    def __init__(self, config: ParallelConfig, comm: Comm) -> None:
+        self._fresh = Fresh(comm)
+
+    def start(self) -> State:
+        """See Strategy."""
+        return State()
+
+    def policy(self, state: State) -> Exchange:
+        """See Strategy."""
+        return self._fresh
+
+
+class Displaced:
+    """Displaced patch parallelism (DistriFusion, arXiv 2402.19481): peers' values of the step before, sent in the background.
+
+    The first step and ``warmup_steps`` more are synchronous, since early steps change most.
+    """
+
+    name = "displaced"
+
+    def __init__(self, config: ParallelConfig, comm: Comm) -> None:
+        self._config = config
+        self._comm = comm
+
+    def start(self) -> State:
+        """See Strategy."""
+        return State(slots=Slots(self._comm))
+
+    def policy(self, state: State) -> Exchange:
+        """See Strategy."""
+        assert state.slots is not None
+        if state.step <= self._config.warmup_steps:
+            keeps_moments = self._config.group_norm in ("corrected", "stale")
+            return Fresh(self._comm, state.slots, keeps_moments=keeps_moments)
+        return Stale(self._comm, state.slots, self._config.group_norm)
