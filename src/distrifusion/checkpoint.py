@@ -16,6 +16,9 @@ from .errors import ConfigError
 
 BUNDLED = Path(__file__).parent / "bundled" / "landscapes"
 
+HUB_KEYWORDS = ("revision", "token", "cache_dir", "local_files_only", "force_download", "proxies")
+"""Keywords of from_pretrained that say how a model comes from the hub."""
+
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 _DTYPES = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16"}
 _VAES = ("AutoencoderKL", "AutoencoderTiny", "AsymmetricAutoencoderKL", "ConsistencyDecoderVAE")
@@ -59,11 +62,13 @@ class Checkpoint:
         return (height or default_height) // self.factor, (width or default_width) // self.factor
 
 
-def find(model: str | Path | None, *, variant: str | None = None, without: Collection[str] = ()) -> Checkpoint:
+def find(
+    model: str | Path | None, *, variant: str | None = None, without: Collection[str] = (), **hub: Any
+) -> Checkpoint:
     """The checkpoint behind ``model``: a folder, a hub id, or None for the bundled one.
 
     A hub id is fetched here, once, and not by each rank. ``variant`` names the weights that will be loaded
-    (``"fp16"``), ``without`` the components that will not be.
+    (``"fp16"``), ``without`` the components that will not be, ``hub`` is for its client (``revision``, ``token`` ...).
 
     Raises:
         ConfigError: no such model, or a part of it is missing or unreadable.
@@ -84,7 +89,7 @@ def find(model: str | Path | None, *, variant: str | None = None, without: Colle
         raise ConfigError(
             f"model {str(model)!r} is neither a folder with a model_index.json nor a hub id such as 'org/name'"
         )
-    return inspect(_fetched(model, variant), f"model {model!r}", variant, without)
+    return inspect(_fetched(model, variant=variant, **hub), f"model {model!r}", variant, without)
 
 
 def inspect(path: Path, name: str, variant: str | None = None, without: Collection[str] = ()) -> Checkpoint:
@@ -160,11 +165,11 @@ def _header_dtype(path: Path, name: str) -> str | None:
     return dtype
 
 
-def _fetched(model: str, variant: str | None) -> Path:
+def _fetched(model: str, **hub: Any) -> Path:
     from diffusers import DiffusionPipeline
 
     try:
-        return Path(DiffusionPipeline.download(model, variant=variant))
+        return Path(DiffusionPipeline.download(model, **hub))
     except Exception as error:  # whatever the hub's client raises: no such model, no access, no network
         reason = " ".join(str(error).split()) or type(error).__name__
         raise ConfigError(f"model {model!r} is no folder here, and the hub did not give it: {reason[:300]}") from error

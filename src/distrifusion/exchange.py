@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from math import prod
 from typing import Any, Generic, Protocol, TypeVar
 
+import torch
 from torch import Tensor
 
 from .comm import Comm, Pending
@@ -28,6 +29,7 @@ class Exchange(Protocol):
     """One step's policy. All ranks ask under the same keys in the same order."""
 
     kind: str  # what ran, for the report
+    sees_latents: bool  # whether a layer may read the peers' rows of the latents, which every rank has
 
     def begin(self) -> None:
         """Start a step."""
@@ -41,8 +43,12 @@ class Exchange(Protocol):
         """
         ...
 
-    def gather(self, key: str, own: Tensor, sizes: Sequence[int], dim: int) -> Pending[list[Tensor]]:
-        """Everyone's part, in order of rank; rank r's has ``sizes[r]`` along ``dim``. The own part is always fresh."""
+    def gather(self, key: str, own: Sequence[Tensor], sizes: Sequence[int], dim: int) -> Pending[list[Sequence[Tensor]]]:
+        """Everyone's parts, in order of rank; the own ones are always fresh.
+
+        ``own`` are tensors that differ in their last dim only, such as K and V; they travel as one message. Rank r's
+        have ``sizes[r]`` along ``dim``. The result may be used until the next verb.
+        """
         ...
 
     def moments(self, key: str, own: Tensor) -> tuple[Tensor, Tensor]:
@@ -87,6 +93,7 @@ class Fresh(_Named):
     """
 
     kind = "sync"
+    sees_latents = True
 
     def __init__(self, comm: Comm, slots: Slots | None = None, *, keeps_moments: bool = True) -> None:
         super().__init__()
@@ -104,17 +111,18 @@ class Fresh(_Named):
             self._slots.keep(self._name(key), sends, recvs, links=plan.links, weight=weight)
         return _Arriving(travel, lambda _: recvs)
 
-    def gather(self, key: str, own: Tensor, sizes: Sequence[int], dim: int) -> Pending[list[Tensor]]:
+    def gather(self, key: str, own: Sequence[Tensor], sizes: Sequence[int], dim: int) -> Pending[list[Sequence[Tensor]]]:
         """See Exchange."""
-        name, own = self._name(key), own.contiguous()
-        row = prod(_resized(own.shape, dim, 1))
-        travel = self._comm.all_gather(own.view(-1), [size * row for size in sizes], kind="context")
+        name, widths = self._name(key), [part.shape[-1] for part in own]
+        packed = torch.cat(list(own), dim=-1) if len(own) > 1 else own[0].contiguous()
+        row = prod(_resized(packed.shape, dim, 1))
+        travel = self._comm.all_gather(packed.view(-1), [size * row for size in sizes], kind="context")
 
-        def shaped(flat: list[Tensor]) -> list[Tensor]:
-            parts = [part.view(_resized(own.shape, dim, size)) for part, size in zip(flat, sizes, strict=True)]
+        def shaped(flat: list[Tensor]) -> list[Sequence[Tensor]]:
+            parts = [part.view(_resized(packed.shape, dim, size)) for part, size in zip(flat, sizes, strict=True)]
             if self._slots is not None:
-                self._slots.keep_shared(name, own, parts)
-            return parts
+                self._slots.keep_shared(name, packed, parts)
+            return [part.split(widths, -1) for part in parts]
 
         return _Arriving(travel, shaped)
 
@@ -140,6 +148,7 @@ class Stale(_Named):
     """
 
     kind = "displaced"
+    sees_latents = True
 
     def __init__(self, comm: Comm, slots: Slots, group_norm: GroupNormMode) -> None:
         super().__init__()
@@ -158,14 +167,15 @@ class Stale(_Named):
         self._slots.post(name, _outgoing(patch, plan, dim))
         return Done(before)
 
-    def gather(self, key: str, own: Tensor, sizes: Sequence[int], dim: int) -> Pending[list[Tensor]]:
+    def gather(self, key: str, own: Sequence[Tensor], sizes: Sequence[int], dim: int) -> Pending[list[Sequence[Tensor]]]:
         """See Exchange."""
         name = self._name(key)
         if name not in self._slots:
             return self._fresh.gather(key, own, sizes, dim)
-        before = self._slots.read(name)
-        self._slots.post_shared(name, own)
-        return Done(self._with_own(before, own))
+        widths = [part.shape[-1] for part in own]
+        before = {peer: words.split(widths, -1) for peer, words in self._slots.read(name).items()}
+        self._slots.post_shared(name, *own)
+        return Done([own if rank == self._rank else before[rank] for rank in range(len(sizes))])
 
     def moments(self, key: str, own: Tensor) -> tuple[Tensor, Tensor]:
         """See Exchange."""
@@ -193,6 +203,7 @@ class Absent(_Named):
     """Nothing of the peers: each patch is a picture of its own, with zeros around it. Sends nothing."""
 
     kind = "naive"
+    sees_latents = False
 
     def __init__(self, rank: int) -> None:
         super().__init__()
@@ -202,9 +213,9 @@ class Absent(_Named):
         """See Exchange."""
         return Done({peer: _rows_like(patch, dim, count).zero_() for peer, count in plan.recvs})
 
-    def gather(self, key: str, own: Tensor, sizes: Sequence[int], dim: int) -> Pending[list[Tensor]]:
+    def gather(self, key: str, own: Sequence[Tensor], sizes: Sequence[int], dim: int) -> Pending[list[Sequence[Tensor]]]:
         """See Exchange. The peers' parts are empty."""
-        nothing = own.narrow(dim, 0, 0)
+        nothing = [part.narrow(dim, 0, 0) for part in own]
         return Done([own if rank == self._rank else nothing for rank in range(len(sizes))])
 
     def moments(self, key: str, own: Tensor) -> tuple[Tensor, Tensor]:

@@ -36,7 +36,8 @@ _THREAD = "distrifusion-agent"
 # open until they are collected, which is a ResourceWarning in this process.
 _ENTRY = """\
 import os
-log = os.open(os.path.join(os.environ["DISTRIFUSION_LOGS"], os.environ["RANK"]), os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+path = os.path.join(os.environ["DISTRIFUSION_LOGS"], os.environ["RANK"])
+log = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600)
 os.dup2(log, 1)
 os.dup2(log, 2)
 from {module} import {function}

@@ -16,15 +16,12 @@ from torch import Tensor
 def measure(groups: Tensor) -> Tensor:
     """Moments ``[1 + 2K]`` of ``groups`` ``[K, elements]``, any float dtype; zeros for an empty patch."""
     num_groups, count = groups.shape
-    packed = torch.zeros(1 + 2 * num_groups, dtype=torch.float32, device=groups.device)
-    if count:
-        values = groups.float()
-        mean = values.mean(dim=1, keepdim=True)
-        deviations = values - mean
-        packed[0] = count
-        packed[1 : 1 + num_groups] = mean[:, 0]
-        packed[1 + num_groups :] = torch.linalg.vecdot(deviations, deviations)
-    return packed
+    if not count:
+        return torch.zeros(1 + 2 * num_groups, dtype=torch.float32, device=groups.device)
+    values = groups.float()
+    mean = values.mean(dim=1)
+    deviations = values - mean[:, None]
+    return torch.cat([mean.new_full((1,), count), mean, torch.linalg.vecdot(deviations, deviations)])
 
 
 def combine(parts: Sequence[Tensor]) -> tuple[Tensor, Tensor]:

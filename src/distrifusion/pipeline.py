@@ -14,8 +14,9 @@ from .config import ParallelConfig
 from .errors import ConfigError, UnsupportedModel
 from .mesh import Mesh
 from .metrics import Report
-from .models import is_known, table_for
+from .models import controlnet_table, is_known, table_for
 from .strategies.denoiser import ParallelDenoiser
+from .strategies.guidance import Guidance
 
 T = TypeVar("T")
 
@@ -46,35 +47,56 @@ def parallelize(target: T, config: ParallelConfig | None = None, comm: Comm | No
     """
     config = config if config is not None else ParallelConfig()
     models = _denoisers(target)
-    for model in models:
+    for model in [*models, *_controlnets(target)]:
         if hasattr(model, _MARK):
             raise ConfigError(f"this {type(model).__name__} is parallel already; call df.restore first")
     if comm is None:
         comm = _comm_from_environment(target, models)
     world = comm.world if comm is not None else 1
-    Mesh.fit(config, world)
+    mesh = Mesh.fit(config, world)
     if comm is None or world == 1:
         return target
+    guidance = Guidance(mesh, comm)
     timesteps = _timesteps_of(target)
-    done: list[ParallelDenoiser] = []
     try:
         for model in models:
-            done.append(ParallelDenoiser(table_for(model), config, comm, timesteps))
-            setattr(model, _MARK, done[-1])
+            nets = [] if model is target else _controlnets(target)
+            tables = [(net, controlnet_table(net, model)) for net in nets]
+            notes = [f"{type(net).__name__} runs whole on every rank" for net, table in tables if table is None]
+            feeders: list[ParallelDenoiser] = []
+            for net, table in tables:
+                if table is not None:
+                    feeders.append(ParallelDenoiser(table, config, comm, timesteps, guidance=guidance))
+                    setattr(net, _MARK, feeders[-1])
+            table = table_for(model)
+            parallel = ParallelDenoiser(table, config, comm, timesteps, guidance=guidance, feeders=feeders, notes=notes)
+            setattr(model, _MARK, parallel)
     except Exception:
-        restore(target)
+        for model in [*models, *_controlnets(target)]:
+            _take_back(model)
         raise
     return target
 
 
 def restore(target: T) -> T:
-    """Take everything back: the model is bit-equal to before and carries no wrapper. What is not parallel is left alone."""
+    """Take everything back: the model is bit-equal to before and carries no wrapper.
+
+    What is not parallel is left alone.
+
+    Raises:
+        ConfigError: another library has wrapped the model since (offload or cache hooks): ours cannot be taken out.
+    """
     for model in _denoisers(target):
-        parallel = getattr(model, _MARK, None)
-        if parallel is not None:
-            parallel.detach()
-            delattr(model, _MARK)
+        _take_back(model)
     return target
+
+
+def _take_back(model: Any) -> None:
+    parallel = getattr(model, _MARK, None)
+    if parallel is not None:
+        parallel.detach()
+        for each in parallel.models:
+            delattr(each, _MARK)
 
 
 def reset(target: Any) -> None:
@@ -86,7 +108,7 @@ def reset(target: Any) -> None:
 
 
 def report(target: Any) -> Report:
-    """What ran on this rank for the present or last picture. A target that is not parallel reports one rank, no steps."""
+    """What ran on this rank for the present or last picture; a target that is not parallel: one rank, no steps."""
     for model in _denoisers(target):
         parallel = getattr(model, _MARK, None)
         if parallel is not None:
@@ -106,7 +128,8 @@ def _denoisers(target: Any) -> list[Any]:
         models = [_unwrapped(model) for model in found if isinstance(model, nn.Module)]
         if not models:
             raise UnsupportedModel(
-                f"{type(target).__name__} has no denoiser by one of the names {', '.join(DENOISERS)}; give the denoiser itself"
+                f"{type(target).__name__} has no denoiser by one of the names {', '.join(DENOISERS)}; "
+                "give the denoiser itself"
             )
         known = [model for model in models if is_known(model)]
         if not known:
@@ -119,6 +142,16 @@ def _denoisers(target: Any) -> list[Any]:
     raise UnsupportedModel(f"{type(target).__name__} is neither a diffusers pipeline nor a denoiser")
 
 
+def _controlnets(target: Any) -> list[Any]:
+    """The ControlNets of a pipeline, each once."""
+    controlnet = getattr(target, "controlnet", None) if isinstance(target, DiffusionPipeline) else None
+    if not isinstance(controlnet, nn.Module):
+        return []
+    controlnet = _unwrapped(controlnet)
+    nets = [_unwrapped(net) for net in getattr(controlnet, "nets", None) or [controlnet]]
+    return list({id(net): net for net in nets}.values())
+
+
 def _unwrapped(model: nn.Module) -> nn.Module:
     """The module below ``torch.compile``."""
     original = getattr(model, "_orig_mod", model)
@@ -127,11 +160,20 @@ def _unwrapped(model: nn.Module) -> nn.Module:
 
 
 def _timesteps_of(target: Any) -> Callable[[], Any]:
-    """Asks the pipeline's scheduler of the moment for its timesteps: ``set_timesteps`` makes a new tensor for each picture."""
+    """Asks the pipeline's present scheduler for its timesteps: ``set_timesteps`` makes a new tensor each time."""
     if not isinstance(target, DiffusionPipeline):
         return lambda: None
-    pipe = weakref.ref(target)  # the denoiser may outlive the pipeline, through from_pipe
-    return lambda: getattr(getattr(pipe(), "scheduler", None), "timesteps", None)
+    pipe = weakref.ref(target)
+    scheduler = getattr(target, "scheduler", None)
+
+    def timesteps() -> Any:
+        nonlocal scheduler
+        alive = pipe()
+        if alive is not None:  # else the pipelines that from_pipe made of it, which have its scheduler, live on
+            scheduler = getattr(alive, "scheduler", None)
+        return getattr(scheduler, "timesteps", None)
+
+    return timesteps
 
 
 def _comm_from_environment(target: Any, models: list[Any]) -> Comm | None:
@@ -143,5 +185,3 @@ def _comm_from_environment(target: Any, models: list[Any]) -> Comm | None:
         # Loaded with .to("cuda"), which is the first device on every rank.
         target.to(comm.device)
     return comm
-
-

@@ -17,6 +17,7 @@ import builtins
 import faulthandler
 import inspect
 import os
+import shutil
 import signal
 import threading
 import traceback
@@ -135,7 +136,9 @@ class Painter:
         if setup.device != "cpu":
             self.pipeline.to(torch.device(setup.device, int(os.environ.get("LOCAL_RANK", "0"))))
         self._comm: Comm | None = None
-        self._arguments = inspect.signature(self.pipeline.__call__).parameters
+        parameters = inspect.signature(self.pipeline.__call__).parameters.values()
+        # Not its **kwargs, where pipelines take names of the past and drop all others without a word.
+        self._arguments = sorted(p.name for p in parameters if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY))
 
     def join(self, comm: Comm | None) -> None:
         """Spread the pipeline over the ranks of ``comm`` (None: alone).
@@ -167,19 +170,30 @@ class Painter:
         assert request is not None, "rank 0 has the request"
         for name in request.arguments:
             if name not in self._arguments:
-                known = ", ".join(sorted(self._arguments))
+                known = ", ".join(self._arguments)
                 raise ConfigError(f"{type(self.pipeline).__name__} takes no argument {name!r}; it takes {known}")
         # Every rank draws the same noise, also that of schedulers which draw at each step, from a generator or without.
         torch.manual_seed(request.seed)
         arguments = dict(request.arguments)
         if "generator" in self._arguments:
             arguments["generator"] = torch.Generator("cpu").manual_seed(request.seed)
-        self.pipeline.progress_bar = lambda iterable=None, total=None: _Steps(iterable, total, on_step)
+        steps: list[float] = []  # seconds of each
+
+        def record(step: int, total: int, seconds: float) -> None:
+            steps.append(seconds)
+            if on_step is not None:
+                on_step(step, total, seconds)
+
+        self.pipeline.progress_bar = lambda iterable=None, total=None: _Steps(iterable, total, record)
         start = perf_counter()
         output = self.pipeline(**arguments)
         seconds = perf_counter() - start
+        ran = report(self.pipeline)
+        if not ran.seconds:  # a world of one carries no wrapper that would have measured its steps
+            for step_seconds in steps:
+                ran.step("alone", step_seconds, 0, 0)
         images = getattr(output, "images", None) if isinstance(output, dict) else None
-        return Painted(output[0] if images is None else images, report(self.pipeline), seconds)
+        return Painted(output[0] if images is None else images, ran, seconds)
 
     def sent(self) -> int:
         """Messages of pictures that have left this rank so far."""
@@ -201,7 +215,7 @@ class Painter:
 class _Steps:
     """Stands in for the pipeline's tqdm bar: every pipeline of diffusers counts its steps on one."""
 
-    def __init__(self, iterable: Iterable[Any] | None, total: int | None, on_step: OnStep | None) -> None:
+    def __init__(self, iterable: Iterable[Any] | None, total: int | None, on_step: OnStep) -> None:
         self._items = list(iterable) if iterable is not None else []
         self._total = total if total is not None else len(self._items)
         self._on_step = on_step
@@ -224,8 +238,7 @@ class _Steps:
         now = perf_counter()
         seconds, self._last = now - self._last, now
         self._done += n
-        if self._on_step is not None:
-            self._on_step(self._done, self._total, seconds)
+        self._on_step(self._done, self._total, seconds)
 
     def __getattr__(self, name: str) -> Callable[..., None]:
         # set_description, set_postfix, close ...: words for a bar that nobody sees
@@ -282,8 +295,8 @@ def _paint(painter: Painter, request: Request | None, on_step: OnStep | None, ra
     except errors.PeerLost:
         raise
     except Exception as error:
-        if painter.sent() not in (before, 0):  # 0: the pipeline counts each picture anew
-            raise
+        if painter.sent() != before:
+            raise  # messages are under way: the ranks are no longer at the same place
         channel.send(("failed", Failure.of(error, clean=True)))
     else:
         channel.send(("done", painted if rank == 0 else None))
@@ -294,4 +307,6 @@ def _listen(channel: Connection, inbox: SimpleQueue[Any]) -> None:
         try:
             inbox.put(channel.recv())
         except (EOFError, OSError):
-            os._exit(1)  # the main thread may be anywhere, in a collective too
+            # The parent is gone, and cannot clear up. The main thread may be anywhere, in a collective too.
+            shutil.rmtree(os.environ["DISTRIFUSION_LOGS"], ignore_errors=True)
+            os._exit(1)

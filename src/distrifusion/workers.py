@@ -82,8 +82,8 @@ class Workers:
 
     @property
     def usable(self) -> bool:
-        """Whether the group can take the next request."""
-        return bool(self._channels) and not self._group.ended.is_set()
+        """Whether the group has not been given up; `loss` says whether it is well."""
+        return bool(self._channels)
 
     def close(self) -> None:
         """Tell the workers to leave, wait, end those that did not. May be called twice."""
@@ -132,8 +132,10 @@ class Workers:
     def _send(self, rank: int, message: Any, when: str) -> None:
         try:
             self._channels[rank].send(message)
+            return
         except OSError:
-            raise self._lost(rank, when) from None
+            pass  # raised below: `from None` would overwrite the cause that _lost sets
+        raise self._lost(rank, when)
 
     def _receive(self, ranks: set[int], when: str) -> list[tuple[int, Any]]:
         """What has arrived from ``ranks`` within 0.2 s."""
@@ -145,8 +147,10 @@ class Workers:
                 continue
             try:
                 messages.append((rank, self._channels[rank].recv()))
+                continue
             except (EOFError, OSError):
-                raise self._lost(rank, when) from None
+                pass  # as in _send
+            raise self._lost(rank, when)
         if ended and not messages:
             raise self._lost(None, when)
         return messages

@@ -188,14 +188,21 @@ class Slots:
         entry = self._entries[key]
         for peer, words in outgoing.items():
             entry.posts[peer].copy_(words)
+        self._posted(entry)
+
+    def post_shared(self, key: str, *words: Tensor) -> None:
+        """Write this step's words for everyone under ``key``: tensors to stand side by side along their last dim."""
+        entry = self._entries[key]
+        room = entry.posts[1 - self._comm.rank if self._comm.world == 2 else _ALL]
+        for part, own in zip(room.split([own.shape[-1] for own in words], -1), words, strict=True):
+            part.copy_(own)
+        self._posted(entry)
+
+    def _posted(self, entry: _Entry) -> None:
         chunk = self._chunks[entry.chunk]
         chunk.num_posted += 1
         if chunk.is_full:
             self._due = chunk
-
-    def post_shared(self, key: str, own: Tensor) -> None:
-        """Write this step's words for everyone under ``key``."""
-        self.post(key, {1 - self._comm.rank if self._comm.world == 2 else _ALL: own})
 
     def finish(self) -> bool:
         """End the step: the last chunk leaves. False where a chunk was only partly written, and so did not leave."""

@@ -1,7 +1,6 @@
 """Ranks as threads of one process: tests and examples start in milliseconds and need no network.
 
-The ranks share one `_Hub`: a letter box for each message and a table for each collective call, under one lock. Tensors
-are copied when they are launched and again when they arrive, so ranks never share memory, as on real devices.
+Tensors are copied when they are launched and again when they arrive, so ranks never share memory, as on real devices.
 """
 
 from __future__ import annotations
@@ -9,7 +8,6 @@ from __future__ import annotations
 import threading
 from collections import Counter
 from collections.abc import Callable, Hashable, Mapping, Sequence
-from dataclasses import dataclass, field
 from time import perf_counter
 from typing import TypeVar
 
@@ -18,6 +16,7 @@ from torch import Tensor
 
 from ..errors import ConfigError, PeerLost, RanksDisagree
 from .base import BaseComm, Done, as_bytes, default_timeout
+from .hub import Copy, Hub, Round
 from .meter import Meter
 from .protocol import Comm, Pending
 
@@ -50,7 +49,7 @@ def run_ranks(
         raise ConfigError(f"num_ranks={num_ranks!r} must be a whole number of at least 1")
     timeout = default_timeout(60.0) if timeout is None else timeout
     device = torch.device(device)
-    hub = _Hub(num_ranks)
+    hub = Hub(num_ranks)
     results: dict[int, T] = {}
     failures: list[BaseException] = []  # in order of time
     grad, inference = torch.is_grad_enabled(), torch.is_inference_mode_enabled()
@@ -86,120 +85,12 @@ def run_ranks(
     return [results[rank] for rank in range(num_ranks)]
 
 
-@dataclass
-class _Copy:
-    """A tensor as it was at its launch, and on an accelerator the event after which it is there."""
-
-    tensor: Tensor
-    event: torch.Event | None
-
-    @classmethod
-    def of(cls, tensor: Tensor) -> _Copy:
-        copy = tensor.detach().clone()
-        if copy.device.type == "cpu":
-            return cls(copy, None)
-        event = torch.Event(copy.device)
-        event.record(torch.accelerator.current_stream(copy.device))
-        return cls(copy, event)
-
-    def ready(self) -> Tensor:
-        """The tensor, for use on the caller's current stream."""
-        if self.event is not None:
-            stream = torch.accelerator.current_stream(self.tensor.device)
-            self.event.wait(stream)
-            self.tensor.record_stream(stream)  # the allocator of the sender's stream must not reuse it earlier
-        return self.tensor
-
-
-@dataclass
-class _Round:
-    """One collective call: what each rank of the group has put down so far."""
-
-    parts: dict[int, _Copy] = field(default_factory=dict)
-    num_here: int = 0
-
-
-class _Hub:
-    """What the threads share. World ranks throughout; ``scope`` tells communicators made by ``split`` apart."""
-
-    def __init__(self, num_ranks: int) -> None:
-        self._lock = threading.Lock()
-        self._news = [threading.Condition(self._lock) for _ in range(num_ranks)]  # who waits sleeps on its own
-        self._mail: dict[Hashable, _Copy] = {}
-        self._rounds: dict[Hashable, _Round] = {}
-        self._gone: dict[int, str] = {}
-
-    def leave(self, rank: int, reason: str) -> None:
-        """Nothing more comes from ``rank``: whoever waits for it raises. The first reason stays."""
-        with self._lock:
-            if rank not in self._gone:
-                self._gone[rank] = reason
-                for news in self._news:
-                    news.notify_all()
-
-    def check(self, rank: int) -> None:
-        """Raise PeerLost if ``rank`` has left."""
-        if rank in self._gone:
-            raise PeerLost(f"this communicator is closed: {self._gone[rank]}")
-
-    def post(self, key: Hashable, copy: _Copy, receiver: int) -> None:
-        with self._lock:
-            self._mail[key] = copy
-            self._news[receiver].notify_all()
-
-    def fetch(self, key: Hashable, sender: int, rank: int, timeout: float) -> _Copy:
-        """Wait for the message ``key`` from ``sender`` and take it out."""
-        with self._lock:
-            self._wait(rank, lambda: [] if key in self._mail else [sender], timeout)
-            return self._mail.pop(key)
-
-    def join(self, key: Hashable, part: _Copy | None, ranks: Sequence[int], rank: int) -> _Round:
-        """Put ``part`` down in the collective call ``key`` of ``ranks``."""
-        with self._lock:
-            table = self._rounds.setdefault(key, _Round())
-            table.num_here += 1
-            if part is not None:
-                table.parts[rank] = part
-                for other in ranks:
-                    self._news[other].notify_all()
-            if table.num_here == len(ranks):
-                del self._rounds[key]  # who still waits holds the table itself
-            return table
-
-    def collect(self, table: _Round, ranks: Sequence[int], rank: int, timeout: float) -> list[_Copy]:
-        """Wait for the parts of ``ranks`` in a collective call."""
-        with self._lock:
-            self._wait(rank, lambda: [other for other in ranks if other not in table.parts], timeout)
-            return [table.parts[other] for other in ranks]
-
-    def _wait(self, rank: int, missing: Callable[[], list[int]], timeout: float) -> None:
-        """Sleep until nobody is missing.
-
-        Raises:
-            PeerLost: someone missing has left, ``rank`` itself has, or the time is over.
-        """
-
-        def settled() -> bool:
-            lacking = missing()
-            return not lacking or rank in self._gone or any(other in self._gone for other in lacking)
-
-        in_time = self._news[rank].wait_for(settled, timeout)
-        self.check(rank)
-        lacking = missing()
-        lost = [self._gone[other] for other in lacking if other in self._gone]
-        if lost:
-            raise PeerLost(f"rank {rank} waits in vain: {'; '.join(lost)}")
-        if not in_time:
-            names = ", ".join(map(str, lacking))
-            raise PeerLost(f"rank {rank} heard nothing from rank {names} for {timeout:g} s")
-
-
 class ThreadComm(BaseComm):
     """One rank of `run_ranks`. See `Comm` for the contract."""
 
     def __init__(
         self,
-        hub: _Hub,
+        hub: Hub,
         scope: tuple[int, ...],
         ranks: tuple[int, ...],
         rank: int,
@@ -230,7 +121,7 @@ class ThreadComm(BaseComm):
                 key = (self._scope, self.rank, peer, self._num_sent[peer])
                 self._num_sent[peer] += 1
                 self.meter.sent(kind, peer, tensor.numel() * tensor.element_size())
-                self._hub.post(key, _Copy.of(as_bytes(tensor)), self._ranks[peer])
+                self._hub.post(key, Copy.of(as_bytes(tensor)), self._ranks[peer])
         letters: list[tuple[Hashable, int, Tensor]] = []
         for peer, tensor in recvs.items():
             if tensor.numel():
@@ -245,7 +136,7 @@ class ThreadComm(BaseComm):
         if self.world == 1 or not any(sizes):
             return Done([own.detach().clone()] + [own.new_empty(0) for _ in sizes[1:]])
         self.meter.gathered(kind, max(sizes) * own.element_size(), self.world - 1)
-        return _Gather(self, self._join(_Copy.of(own)), own.dtype, sizes)
+        return _Gather(self, self._join(Copy.of(own)), own.dtype, sizes)
 
     def broadcast(self, tensor: Tensor, root: int = 0) -> None:
         """See `Comm.broadcast`."""
@@ -255,7 +146,7 @@ class ThreadComm(BaseComm):
             return
         if self.rank == root:
             self.meter.gathered("control", tensor.numel() * tensor.element_size(), self.world - 1)
-            self._join(_Copy.of(as_bytes(tensor)))
+            self._join(Copy.of(as_bytes(tensor)))
             return
         table = self._join(None)
         (part,) = self._waiting(lambda: self._hub.collect(table, [self._ranks[root]], self._me, self.timeout))
@@ -280,7 +171,7 @@ class ThreadComm(BaseComm):
         if not self._scope:
             self.abort()
 
-    def _join(self, part: _Copy | None) -> _Round:
+    def _join(self, part: Copy | None) -> Round:
         key = (self._scope, self._num_rounds)
         self._num_rounds += 1
         return self._hub.join(key, part, self._ranks, self._me)
@@ -296,7 +187,7 @@ class ThreadComm(BaseComm):
         finally:
             self.meter.waited += perf_counter() - start
 
-    def _copy(self, part: _Copy, into: Tensor, sender: int) -> None:
+    def _copy(self, part: Copy, into: Tensor, sender: int) -> None:
         source, target = part.ready(), as_bytes(into)
         if source.numel() != target.numel():
             raise RanksDisagree(
@@ -325,7 +216,7 @@ class _Swap:
 class _Gather:
     """An all-gather that is under way."""
 
-    def __init__(self, comm: ThreadComm, table: _Round, dtype: torch.dtype, sizes: Sequence[int]) -> None:
+    def __init__(self, comm: ThreadComm, table: Round, dtype: torch.dtype, sizes: Sequence[int]) -> None:
         self._comm = comm
         self._table = table
         self._like = dtype, list(sizes)

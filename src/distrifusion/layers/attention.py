@@ -63,10 +63,8 @@ class PatchAttention(Layer):
 
     def gather(self, frame: Frame, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
         """Keys and values ``[B, all tokens, C]`` from the own ones ``[B, tokens, C]``, as one message."""
-        own = torch.cat([k, v], dim=-1)
-        parts = frame.exchange.gather(self.key, own, frame.num_tokens(self.level), 1).wait()
-        whole = torch.cat(parts, dim=1)
-        return whole[..., : k.shape[-1]], whole[..., k.shape[-1] :]
+        parts = frame.exchange.gather(self.key, (k, v), frame.num_tokens(self.level), 1).wait()
+        return torch.cat([part[0] for part in parts], dim=1), torch.cat([part[1] for part in parts], dim=1)
 
     def _without_tokens(self, frame: Frame, x: Tensor, to_image: bool) -> Tensor:
         """A rank whose patch has no rows at this level still takes part in what its peers gather."""
@@ -78,18 +76,25 @@ class PatchAttention(Layer):
             self.gather(frame, attn.to_k(tokens), attn.to_v(tokens))
         return x
 
-    def _own_masks(self, frame: Frame, masks: Any) -> list[Tensor]:
-        """Own rows of IP-Adapter's masks ``[1, images, H, W]``, brought to this level's size over the whole picture."""
+    def _own_masks(self, frame: Frame, masks: Any) -> list[Tensor | None]:
+        """Own rows of IP-Adapter's masks ``[1, images, H, W]``, brought to this level's size over the whole picture.
+
+        They are ``[1, images, 1, tokens]``: the processor works the sides out again from their quotient and the number of
+        tokens, which rounding can spoil for a patch; of one row it cannot.
+        """
         assert self._mask_to_tokens is not None, "this model's table does not know IP-Adapter masks"
         split, across = frame.split(self.level), frame.levels.across[self.level]
         span = split.span(frame.patch)
-        own = []
+        own: list[Tensor | None] = []
         for mask in masks if isinstance(masks, list) else list(masks.unsqueeze(1)):
+            if mask is None:
+                own.append(None)
+                continue
             images = []
             for image in range(mask.shape[1]):
                 tokens = self._mask_to_tokens(mask[:, image], mask.shape[0], split.size * across, 1)
                 whole = tokens.view(mask.shape[0], *frame.sides(self.level, split.size))
-                images.append(whole.narrow(frame.dim - 1, span.start, len(span)))
+                images.append(whole.narrow(frame.dim - 1, span.start, len(span)).flatten(1)[:, None])
             own.append(torch.stack(images, dim=1))
         return own
 

@@ -42,7 +42,8 @@ class PatchConv(Layer):
     """``nn.Conv2d`` or ``nn.AvgPool2d``: ``[B, C, rows, W]`` -> ``[B, C', rows', W']``, own rows in and out.
 
     ``level`` and ``level_out`` are the model's levels before and after. With ``reads_whole`` the input is the whole picture,
-    which every rank has (the first convolution): nothing travels.
+    which every rank has (the first convolution): nothing travels. Where the policy lets no patch see its neighbours, the
+    rest of the picture is zeros here too.
     """
 
     def __init__(
@@ -71,7 +72,10 @@ class PatchConv(Layer):
         frame = self.frame
         inputs, outputs = frame.split(self.level), frame.split(self.level_out)
         window = self._windows[frame.dim - 2]
-        if self._reads_whole:
+        if self._reads_whole and not frame.exchange.sees_latents:
+            own = inputs.span(frame.patch)
+            x = x.narrow(frame.dim, own.start, len(own))
+        if self._reads_whole and frame.exchange.sees_latents:
             rows = _window_of_whole(x, frame, outputs, window)
         else:
             rows = with_halo(frame, self.key, x, inputs, outputs, window)

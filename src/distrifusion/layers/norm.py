@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 
@@ -32,16 +33,20 @@ class PatchGroupNorm(Layer):
             return x
         # Batch norm with given statistics is the affine map wanted here, in one pass and with mixed dtypes: one "channel"
         # per (sample, channel).
-        width = channels // module.num_groups
-        weight, bias = module.weight, module.bias
+        width, dtype = channels // module.num_groups, torch.promote_types(x.dtype, torch.float32)
         normed = F.batch_norm(
             x.view(1, batch * channels, *x.shape[2:]),
-            mean.repeat_interleave(width),
-            var.repeat_interleave(width),
-            weight.float().repeat(batch) if weight is not None else None,
-            bias.float().repeat(batch) if bias is not None else None,
+            mean.to(dtype).repeat_interleave(width),
+            var.to(dtype).repeat_interleave(width),
+            _per_sample(module.weight, batch, dtype),
+            _per_sample(module.bias, batch, dtype),
             training=False,
             momentum=0.0,
             eps=module.eps,
         )
         return normed.view(x.shape)
+
+
+def _per_sample(parameter: Tensor | None, batch: int, dtype: torch.dtype) -> Tensor | None:
+    """``[C]`` -> ``[batch x C]`` in ``dtype``; without a copy for one sample in that dtype."""
+    return None if parameter is None else parameter.to(dtype).expand(batch, -1).reshape(-1)

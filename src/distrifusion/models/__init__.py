@@ -8,7 +8,7 @@ from ..config import BUILT
 from ..errors import UnsupportedModel
 from .table import Call, Table
 
-__all__ = ["Call", "Table", "supported", "table_for"]
+__all__ = ["Call", "Table", "controlnet_table", "is_known", "supported", "table_for"]
 
 
 def table_for(model: Any) -> Table:
@@ -21,8 +21,17 @@ def table_for(model: Any) -> Table:
 
     if type(model) in FAMILIES:
         return UNetTable(model)
+    if "ControlNet" in type(model).__name__ and not type(model).__name__.startswith("UNet"):
+        raise UnsupportedModel(f"{type(model).__name__} is spread together with its U-Net: give the pipeline of both")
     known = ", ".join(family.__name__ for family in FAMILIES)
     raise UnsupportedModel(f"{type(model).__name__} has no table; known are: {known}")
+
+
+def controlnet_table(controlnet: Any, unet: Any) -> Table | None:
+    """The table of a ControlNet that feeds ``unet``; None: it can only run whole on every rank, which is exact too."""
+    from .controlnet import ControlNetTable, fits
+
+    return ControlNetTable(controlnet) if fits(controlnet, unet) else None
 
 
 def is_known(model: Any) -> bool:
@@ -45,7 +54,16 @@ def supported() -> list[dict[str, Any]]:
             "class": "UNet2DConditionModel",
             "models": ["Stable Diffusion 1.x", "Stable Diffusion 2.x", "SDXL base", "SDXL refiner"],
             "strategies": list(BUILT),
-            "features": ["cfg=2", "ControlNet", "T2I-Adapter", "IP-Adapter (masks too)", "LoRA", "image-to-image", "inpainting", "PAG"],
+            "features": [
+                "cfg=2",
+                "ControlNet",
+                "T2I-Adapter",
+                "IP-Adapter (masks too)",
+                "LoRA",
+                "image-to-image",
+                "inpainting",
+                "PAG",
+            ],
             "checked": checked,
         },
         {

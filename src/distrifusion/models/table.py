@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -34,13 +34,19 @@ class Call:
 
     def for_batch(self, span: Span) -> Call:
         """The same call for some of the batch: every tensor whose first dim is the batch is cut."""
-        return Call(_take(self.arguments, self.sample.shape[0], span), self.sample_name)
+        taken = _take(self.arguments, self.sample.shape[0], span)
+        attention = self.arguments.get("cross_attention_kwargs")
+        if attention:  # IP-Adapter's masks are by adapter, of which there may be as many as pictures
+            taken["cross_attention_kwargs"] = attention
+        return Call(taken, self.sample_name)
 
 
 class Table(Protocol):
     """What one family of models is made of."""
 
     model: nn.Module
+    gathers: bool
+    """Whether the output is gathered: a prediction is, what only another parallel model reads stays in patches."""
 
     def levels(self, height: int, width: int, num_patches: int, dim: int) -> Levels:
         """The splits of a latent of ``height`` x ``width`` along ``dim`` (2 rows, 3 cols) at every level.
@@ -67,11 +73,22 @@ class Table(Protocol):
         ...
 
     def conditioning(self, call: Call) -> Any:
-        """What stays the same object through one picture of one guidance branch: the text, or the class."""
+        """What stays the same in one picture and guidance branch: the text, the class. A tensor or a tuple of them."""
         ...
 
-    def localise(self, call: Call, frame: Frame) -> Call:
-        """The same call for the patch of ``frame``: what is spatial and not read whole is cut."""
+    def localise(self, call: Call, frame: Frame, *, fed: bool) -> Call:
+        """The same call for the patch of ``frame``: what is spatial and not read whole is cut.
+
+        ``fed``: a model that leaves its output in patches has run just before, so that some of it may be cut already.
+        """
+        ...
+
+    def finish(self, result: Any, frame: Frame) -> Any:
+        """What the model returned, where something of it is about the whole picture and known of the patch only."""
+        ...
+
+    def needs_whole_batch(self, call: Call) -> bool:
+        """Whether the ranks of both guidance branches run the whole batch of this call."""
         ...
 
     def splits_guidance(self) -> bool:
@@ -79,12 +96,36 @@ class Table(Protocol):
         ...
 
 
-def bind(forward: Callable[..., Any], model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
+def bind(
+    forward: Callable[..., Any], model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> dict[str, Any]:
     """Arguments by name, as ``forward(model, *args, **kwargs)`` would take them; TypeError as Python's own."""
     bound = inspect.signature(forward).bind(model, *args, **kwargs).arguments
     extra = bound.pop("kwargs", {})
     names = list(bound)[1:]  # without self
     return {**{name: bound[name] for name in names}, **extra}
+
+
+def residual_part(residual: Tensor, frame: Frame, level: int, fed: bool) -> Tensor:
+    """Own rows of a feature map ``[B, C, H, W]`` for ``level``: of a whole one, or as it is where it is cut already.
+
+    One of ``[B, C, 1, 1]`` is added everywhere. Patch and whole cannot be mistaken: where they have the same size they
+    are the same.
+
+    Raises:
+        UnsupportedModel: it has neither size.
+    """
+    split, across = frame.split(level), frame.levels.across[level]
+    span = split.span(frame.patch)
+    size = (residual.shape[frame.dim], residual.shape[5 - frame.dim])
+    if size == (1, 1) or (fed and size == (len(span), across)):
+        return residual
+    if size == (split.size, across):
+        return residual.narrow(frame.dim, span.start, len(span))
+    height, width = frame.sides(level, split.size)
+    raise UnsupportedModel(
+        f"a residual of size {tuple(residual.shape)} does not fit level {level}, which is {height} x {width}"
+    )
 
 
 def own_part(residual: Tensor, frame: Frame) -> Tensor:
@@ -115,14 +156,27 @@ class Place:
         return Place(level, level)
 
 
+HARMLESS_HOOKS = frozenset(
+    {
+        "group_offloading",
+        "layer_execution_tracker",
+        "layerwise_casting",
+        "lazy_prefetch_group_offloading",
+        "peft_autocast_disable",
+    }
+)
+"""Hooks of diffusers that move or cast weights and leave the computation alone."""
+
+
 @dataclass
 class Walk:
     """Goes through a module tree and turns what it knows into layers. Everything must be known by class."""
 
     holder: FrameHolder
-    known_seams: dict[type, Callable[[Walk, nn.Module, str, Place], Iterator[Layer]]]
+    known_seams: Mapping[type, Rule]
     containers: tuple[type, ...]
     local: tuple[type, ...]
+    adapter: Callable[[nn.Module], Rule | None]
     seen: set[int] = field(default_factory=set)  # a module may be registered under two names
 
     def __call__(self, module: nn.Module, name: str, place: Place) -> Iterator[Layer]:
@@ -134,18 +188,31 @@ class Walk:
         if id(module) in self.seen:
             return
         self.seen.add(id(module))
-        rule = self.known_seams.get(type(module))
+        self.check(module, name)
+        rule = self.known_seams.get(type(module)) or self.adapter(module)
         if rule is not None:
             yield from rule(self, module, name, place)
         elif isinstance(module, nn.Linear) or type(module) in self.local:
             if isinstance(module, nn.Dropout) and module.p > 0 and module.training:
                 raise UnsupportedModel(f"{name} drops at random, differently on each rank: call .eval() on the model")
-        elif type(module) in self.containers or type(module).__module__.startswith("peft."):
-            if type(module).__name__.startswith("Dora"):
-                raise unsupported(module, name)
+        elif type(module) in self.containers:
             yield from self.children(module, name, place)
         else:
             raise unsupported(module, name)
+
+    def check(self, module: nn.Module, name: str) -> None:
+        """Raise where another library has put a forward of its own in place of the class's, which may do anything."""
+        forward = module.__dict__.get("forward")
+        if forward is None or isinstance(getattr(forward, "__self__", None), Layer):
+            return
+        hooks = getattr(getattr(module, "_diffusers_hook", None), "hooks", None)
+        strange = [hook for hook in hooks if hook not in HARMLESS_HOOKS] if hooks is not None else []
+        if strange:
+            raise unsupported(module, name, f"has the hook {strange[0]!r}, which is not known; take it off")
+        if hooks is None and not hasattr(module, "_hf_hook"):
+            raise unsupported(
+                module, name, "has a forward that another library has put in place of its own; take it off"
+            )
 
     def children(self, module: nn.Module, name: str, place: Place, skip: Sequence[str] = ()) -> Iterator[Layer]:
         """Layers of all children but those named in ``skip``."""
@@ -154,7 +221,13 @@ class Walk:
                 yield from self(child, f"{name}.{child_name}", place)
 
 
-def unsupported(module: nn.Module, name: str, why: str = "is not known, and may read beyond its rows") -> UnsupportedModel:
+Rule = Callable[[Walk, Any, str, Place], Iterator[Layer]]
+"""The layers of one kind of module: ``(walk, module, name, place)``."""
+
+
+def unsupported(
+    module: nn.Module, name: str, why: str = "is not known, and may read beyond its rows"
+) -> UnsupportedModel:
     """The error that names a module."""
     return UnsupportedModel(f"{name} ({type(module).__name__}) {why}")
 

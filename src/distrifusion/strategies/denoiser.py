@@ -1,18 +1,19 @@
-"""One denoiser on one rank: its forward cuts the call to the patch, runs the model, and gathers the prediction."""
+"""One model on one rank: its forward cuts the call to the patch, runs the model, and gathers the prediction."""
 
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from time import perf_counter
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from ..comm import Comm
 from ..config import ParallelConfig
-from ..errors import ConfigError, DistrifusionError
+from ..errors import ConfigError, DistrifusionError, UnsupportedModel
 from ..layers import Frame, FrameHolder, Layer
 from ..mesh import Mesh
 from ..metrics import Report
@@ -30,7 +31,12 @@ class ParallelDenoiser:
         table: what the model is made of.
         config: how to spread it; fits ``comm.world``.
         comm: all ranks.
-        timesteps: asked at each call for an object that is another one in each picture, such as the scheduler's timesteps.
+        timesteps: asked at each call for an object that is another one in each picture, such as the scheduler's
+            timesteps.
+        guidance: the split of the batch, where models share one; None: one of its own.
+        feeders: models that run before this one in each step and leave their outputs to it in patches, such as
+            ControlNets. They are reported, reset and detached with it.
+        notes: what the report is to say beside the numbers.
 
     Raises:
         ConfigError: the world does not fit the configuration.
@@ -38,13 +44,24 @@ class ParallelDenoiser:
     """
 
     def __init__(
-        self, table: Table, config: ParallelConfig, comm: Comm, timesteps: Callable[[], Any] = lambda: None
+        self,
+        table: Table,
+        config: ParallelConfig,
+        comm: Comm,
+        timesteps: Callable[[], Any] = lambda: None,
+        *,
+        guidance: Guidance | None = None,
+        feeders: Sequence[ParallelDenoiser] = (),
+        notes: Sequence[str] = (),
     ) -> None:
         self._table = table
         self._config = config
         self._comm = comm
         self._mesh = Mesh.fit(config, comm.world)
-        self._guidance = Guidance(self._mesh, comm)
+        self._guidance = guidance if guidance is not None else Guidance(self._mesh, comm)
+        self._feeders = tuple(feeders)
+        self._notes = list(notes)
+        self._cost = Cost()  # of a feeder, until it is asked for
         self._strategy = strategy_for(config, self._guidance.patches)
         self._holder = FrameHolder()
         self._layers: dict[int, Layer] = {}  # by id of their module
@@ -59,15 +76,45 @@ class ParallelDenoiser:
         def forward(*args: Any, **kwargs: Any) -> Any:
             return self._forward(*args, **kwargs)
 
-        self.model.forward = forward  # type: ignore[method-assign]
+        self._outer = forward
+        self._is_detached = False
+        self.model.forward = forward
 
     @property
     def model(self) -> nn.Module:
         """The diffusers model."""
         return self._table.model
 
+    @property
+    def models(self) -> list[nn.Module]:
+        """The model and those that feed it."""
+        return [self.model, *(feeder.model for feeder in self._feeders)]
+
     def detach(self) -> None:
-        """Give the model its own forward back, everywhere."""
+        """Give the model its own forward back, everywhere, and the feeders theirs.
+
+        Raises:
+            ConfigError: another library has wrapped one of them since; nothing is undone then.
+        """
+        parallels = (self, *self._feeders)
+        for parallel in parallels:
+            parallel._check_unwrapped()
+        for parallel in parallels:
+            parallel._detach()
+
+    def _check_unwrapped(self) -> None:
+        ours = [(self.model, self._outer), *((layer.module, layer.forward) for layer in self._layers.values())]
+        found = [module for module, forward in ours if module.__dict__.get("forward") != forward]
+        if found and not self._is_detached:
+            raise ConfigError(
+                f"{type(found[0]).__name__} was wrapped by another library (offload, casting or cache hooks) after "
+                "df.parallelize; take that off before df.restore"
+            )
+
+    def _detach(self) -> None:
+        if self._is_detached:
+            return
+        self._is_detached = True
         self._pictures.forget()
         for layer in self._layers.values():
             layer.detach()
@@ -79,11 +126,16 @@ class ParallelDenoiser:
 
     def reset(self) -> None:
         """Start a new picture at the next call."""
-        self._pictures.forget()
+        for parallel in (self, *self._feeders):
+            parallel._pictures.reset()
 
     def _forward(self, *args: Any, **kwargs: Any) -> Any:
+        call = self._table.bind(args, kwargs)
+        if torch.is_grad_enabled() and call.sample.requires_grad:
+            raise UnsupportedModel(
+                f"{type(self.model).__name__} gives no gradients to its latents while it is parallel"
+            )
         with torch.no_grad():
-            call = self._table.bind(args, kwargs)
             try:
                 return self._step(call)
             except BaseException:
@@ -108,24 +160,46 @@ class ParallelDenoiser:
         levels = self._table.levels(sample.shape[2], sample.shape[3], num_patches, dim)
         exchange = self._strategy.policy(state)
         frame = Frame(self._mesh.coordinate(self._comm.rank, "patch"), dim, levels, exchange)
-        batch, share = sample.shape[0], self._guidance.share(sample.shape[0])
-        own_call = call if len(share) == batch else call.for_batch(share)
+        fed = [feeder.take_cost() for feeder in self._feeders]
+        own_call = self._own_batch(call)
         if num_patches > 1:
-            own_call = self._table.localise(own_call, frame)
+            own_call = self._table.localise(own_call, frame, fed=any(cost.num_calls for cost in fed))
             self._holder.frame = frame
         exchange.begin()
         result = self._inner(**own_call.arguments)
-        prediction = result[0]
-        whole, probes = self._guidance.gather(prediction, probe(sample), batch, levels, dim)
-        check_latents(probes)
+        if num_patches > 1:
+            result = self._table.finish(result, frame)
+        if self._table.gathers:
+            whole, probes = self._guidance.gather(result[0], probe(sample), sample.shape[0], levels, dim)
+            check_latents(probes)
+            result = (whole, *result[1:]) if isinstance(result, tuple) else type(result)(whole)
         if not exchange.finish():
             self._pictures.forget()  # the model left out seams: the next step cannot build on this one
         state.step += 1
-        self._note(exchange.kind if num_patches > 1 else "sync", started, counted, levels.splits[0].sizes)
-        return (whole, *result[1:]) if isinstance(result, tuple) else type(result)(whole)
+        messages, num_bytes = self._comm.meter.totals()
+        self._cost.add(Cost(1, perf_counter() - started, messages - counted[0], num_bytes - counted[1]))
+        if self._table.gathers:
+            cost = self.take_cost()
+            for other in fed:
+                cost.add(other)
+            self.report.patches = levels.splits[0].sizes
+            kind = exchange.kind if num_patches > 1 else "sync"
+            self.report.step(kind, cost.seconds, cost.messages, cost.num_bytes)
+        return result
+
+    def _own_batch(self, call: Call) -> Call:
+        """The call for the part of the batch that is this rank's."""
+        batch = call.sample.shape[0]
+        share = self._guidance.share(batch)
+        return call if len(share) == batch or self._table.needs_whole_batch(call) else call.for_batch(share)
+
+    def take_cost(self) -> Cost:
+        """What the calls since the last time have cost."""
+        cost, self._cost = self._cost, Cost()
+        return cost
 
     def _attach_layers(self) -> None:
-        """Take over the modules that are not yet ours, such as a LoRA's, and let go of those that have left the model."""
+        """Take over modules that are not yet ours, such as a LoRA's, and let go of those that have left the model."""
         if self._mesh.size("cfg") > 1 and not self._table.splits_guidance():
             raise ConfigError("cfg=2 does not work with PAG, whose branches must share a batch; use cfg=1")
         if self._mesh.size("patch") == 1:
@@ -145,9 +219,21 @@ class ParallelDenoiser:
                 self._layers[known] = layer
 
     def _new_report(self) -> Report:
-        return Report(self._config.strategy, str(self._mesh), self._config.split)
+        return Report(self._config.strategy, str(self._mesh), self._config.split, notes=list(self._notes))
 
-    def _note(self, kind: str, started: float, counted: tuple[int, int], patches: tuple[int, ...]) -> None:
-        messages, num_bytes = self._comm.meter.totals()
-        self.report.patches = patches
-        self.report.step(kind, perf_counter() - started, messages - counted[0], num_bytes - counted[1])
+
+@dataclass
+class Cost:
+    """Calls of a model, and what they took on this rank."""
+
+    num_calls: int = 0
+    seconds: float = 0.0
+    messages: int = 0
+    num_bytes: int = 0
+
+    def add(self, other: Cost) -> None:
+        """Add another's."""
+        self.num_calls += other.num_calls
+        self.seconds += other.seconds
+        self.messages += other.messages
+        self.num_bytes += other.num_bytes

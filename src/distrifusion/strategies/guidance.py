@@ -36,7 +36,9 @@ class Guidance:
         alone = shares[0] == shares[-1]  # both branches have computed the same: no need to hear the other
         comm = self.patches if alone else self._comm
         shapes = [
-            _part_shape(own, shares[0 if alone else self._mesh.coordinate(rank, "cfg")], split, rank % split.num_patches, dim)
+            _part_shape(
+                own, shares[0 if alone else self._mesh.coordinate(rank, "cfg")], split, rank % split.num_patches, dim
+            )
             for rank in range(comm.world)
         ]
         sizes = [shape.numel() + extra.numel() for shape in shapes]
@@ -44,7 +46,8 @@ class Guidance:
         parts = comm.all_gather(flat, sizes, kind="output").wait()
         patches = [part[: shape.numel()].view(shape) for part, shape in zip(parts, shapes, strict=True)]
         branches = [
-            torch.cat(patches[first : first + split.num_patches], dim) for first in range(0, comm.world, split.num_patches)
+            torch.cat(patches[first : first + split.num_patches], dim)
+            for first in range(0, comm.world, split.num_patches)
         ]
         whole = branches[0] if len(branches) == 1 else torch.cat(branches)
         return whole, [part[shape.numel() :] for part, shape in zip(parts, shapes, strict=True)]

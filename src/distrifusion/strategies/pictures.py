@@ -18,19 +18,22 @@ MAX_BRANCHES = 4
 class _Branch:
     """What marks the calls of one branch, and its state."""
 
-    conditioning: Any  # the same object in all of them
+    conditioning: Any  # the same in all of them
     shape: torch.Size
     dtype: torch.dtype
-    timestep: float | None
+    timestep: Any  # of the last call, as it was given
+    time: float | None  # the same as a number, where it is asked for
     state: State
 
 
 class Pictures:
-    """States by branch. In doubt a call starts a picture anew, since a synchronous step is always right.
+    """States by branch. In doubt a call starts anew, since a synchronous step is always right.
 
-    A picture starts when the scheduler has new timesteps (``set_timesteps`` makes a new tensor), when the latents change size,
-    batch or dtype, or when the model changes. Within a picture, calls with the same conditioning object are one branch. A bare
-    denoiser without conditioning starts a picture where the timestep rises; else its user calls ``reset``.
+    A picture starts when the scheduler has new timesteps (``set_timesteps`` makes a new tensor) or when the model
+    changes. Within a picture, calls with the same conditioning, size, batch and dtype are one branch, but two calls with
+    one and the same timestep of the scheduler are two: views of a panorama, say. A bare denoiser has no scheduler: there
+    a new conditioning or size starts a picture, without conditioning a timestep that rises; else its user calls
+    ``reset``.
     """
 
     def __init__(self, strategy: Strategy, timesteps: Callable[[], Any]) -> None:
@@ -39,27 +42,37 @@ class Pictures:
         self._mark: Any = None
         self._fingerprint: Any = None
         self._branches: list[_Branch] = []
+        self._is_running = False
 
     def state(self, call: Call, conditioning: Any, fingerprint: Any) -> tuple[State, bool]:
         """The state of the call's branch, and whether the call starts a picture."""
         mark = self._timesteps()
         if mark is not self._mark or fingerprint != self._fingerprint:
-            self.forget()
+            self.reset()
         self._mark, self._fingerprint = mark, fingerprint
-        shape, dtype = call.sample.shape, call.sample.dtype
-        timestep = _on_host(call.arguments.get("timestep")) if conditioning is None else None
+        shape, dtype, timestep = call.sample.shape, call.sample.dtype, call.arguments.get("timestep")
+        time = _on_host(timestep) if _is_none(conditioning) else None
         for branch in self._branches:
-            rises = timestep is not None and branch.timestep is not None and timestep > branch.timestep
-            if branch.conditioning is conditioning and (branch.shape, branch.dtype) == (shape, dtype) and not rises:
-                branch.timestep = timestep
+            rises = time is not None and branch.time is not None and time > branch.time
+            is_used = mark is not None and isinstance(timestep, torch.Tensor) and branch.timestep is timestep
+            fits = (branch.shape, branch.dtype) == (shape, dtype) and _is_same(branch.conditioning, conditioning)
+            if fits and not rises and not is_used:
+                branch.timestep, branch.time = timestep, time
                 return branch.state, False
-        # A branch that appears after the others have made more than a step belongs to another picture.
-        is_new_picture = all(branch.state.step != 1 for branch in self._branches)
-        if is_new_picture or len(self._branches) == MAX_BRANCHES:
+        # Without a scheduler, a branch that appears after the others have made more than a step is another picture's.
+        if mark is None and all(branch.state.step != 1 for branch in self._branches):
+            self.reset()
+        if len(self._branches) == MAX_BRANCHES:
             self.forget()
+        is_new_picture, self._is_running = not self._is_running, True
         state = self._strategy.start()
-        self._branches.append(_Branch(conditioning, shape, dtype, timestep, state))
+        self._branches.append(_Branch(conditioning, shape, dtype, timestep, time, state))
         return state, is_new_picture
+
+    def reset(self) -> None:
+        """End the picture."""
+        self.forget()
+        self._is_running = False
 
     def forget(self) -> None:
         """End all branches; what is under way arrives first."""
@@ -70,6 +83,22 @@ class Pictures:
     def abandon(self) -> None:
         """End all branches after an error, without waiting for peers that may be gone."""
         self._branches = []
+
+
+def _is_same(one: Any, other: Any) -> bool:
+    """Whether two calls have one conditioning: the same object, or another view of the same memory."""
+    if one is other:
+        return True
+    if isinstance(one, tuple) and isinstance(other, tuple):
+        return len(one) == len(other) and all(_is_same(a, b) for a, b in zip(one, other, strict=True))
+    if not isinstance(one, torch.Tensor) or not isinstance(other, torch.Tensor):
+        return False
+    # The branch holds its tensor, so that no other can have come to lie in its place.
+    return (one.data_ptr(), one.shape, one.stride()) == (other.data_ptr(), other.shape, other.stride())
+
+
+def _is_none(conditioning: Any) -> bool:
+    return all(_is_none(part) for part in conditioning) if isinstance(conditioning, tuple) else conditioning is None
 
 
 def _on_host(timestep: Any) -> float | None:

@@ -1,0 +1,42 @@
+# Two commands, each with all of its set-up; quick where that is done already.
+#   make demo    a picture from a prompt, painted by two processes on the CPU, offline: out/demo.png
+#   make test    lint, types, import rules and the test suite
+# PYTHON names the interpreter that makes the environment (3.10 or newer): make test PYTHON=python3.12
+
+PYTHON ?= python3
+VENV ?= .venv
+TORCH ?= torch==2.13.0
+PROMPT ?= snowy mountains at sunset over a lake
+
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
+
+.PHONY: demo test clean
+
+demo: $(VENV)/.installed
+	@mkdir -p out
+	HF_HUB_OFFLINE=1 $(BIN)/distrifusion generate "$(PROMPT)" --nproc 2 --device cpu --seed 0 -o out/demo.png
+
+test: $(VENV)/.installed-dev
+	$(BIN)/ruff check
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest
+
+clean:
+	rm -rf $(VENV) out
+
+$(BIN)/python:
+	@$(PYTHON) -c 'import sys; v = sys.version_info; sys.exit(v < (3, 10) and f"Python {v[0]}.{v[1]} is too old: PYTHON=... names one of 3.10 or newer")'
+	$(PYTHON) -m venv $(VENV)
+
+# torch comes first and pinned: left to the dependencies' range, pip may take another build of it, gigabytes larger.
+$(VENV)/.installed: pyproject.toml | $(BIN)/python
+	$(PIP) "$(TORCH)"
+	$(PIP) --editable .
+	@touch $@
+
+$(VENV)/.installed-dev: pyproject.toml | $(BIN)/python
+	$(PIP) "$(TORCH)"
+	$(PIP) --editable ".[dev]"
+	@touch $@

@@ -1,0 +1,6 @@
+"""``python -m distrifusion`` is the ``distrifusion`` command."""
+
+from .cli import main
+
+if __name__ == "__main__":
+    main()

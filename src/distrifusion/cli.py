@@ -1,0 +1,187 @@
+"""The command line. torch is imported inside the commands: ``--help`` and a refused argument cost no time."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import os
+import sys
+import warnings
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from . import __version__
+from .config import ParallelConfig
+from .errors import ConfigError, RanksDisagree, UnsupportedModel
+
+BAD_INPUT, FAILED, INTERRUPTED = 2, 1, 130  # exit codes
+
+_DEFAULT = ParallelConfig()
+
+app = typer.Typer(
+    name="distrifusion",
+    help="One picture on several devices: a diffusers model spread over N ranks, exact or displaced, without training.",
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+)
+
+
+def _version(value: bool) -> None:
+    if value:
+        print(f"distrifusion {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _top(
+    version: Annotated[
+        bool, typer.Option("--version", help="Print the version and leave.", callback=_version, is_eager=True)
+    ] = False,
+) -> None:
+    pass
+
+
+@app.command()
+def generate(
+    prompt: Annotated[str, typer.Argument(help="What to paint.")],
+    model: Annotated[
+        str | None, typer.Option(help="A diffusers folder or a hub id; without it, the bundled model.")
+    ] = None,
+    nproc: Annotated[
+        int | None,
+        typer.Option(help="Worker processes. Without it: all GPUs, or on the CPU as many as --cfg and --patch need."),
+    ] = None,
+    strategy: Annotated[str, typer.Option(help="sync (exact), displaced or naive.")] = _DEFAULT.strategy,
+    cfg: Annotated[int, typer.Option(help="2: the branches of guidance on separate ranks.")] = _DEFAULT.cfg,
+    patch: Annotated[
+        int | None, typer.Option(help="Ranks along the picture; without it, all that --cfg leaves.")
+    ] = None,
+    split: Annotated[str, typer.Option(help="rows or cols of the picture.")] = _DEFAULT.split,
+    group_norm: Annotated[
+        str, typer.Option(help="Statistics of displaced steps: corrected, stale, separate or sync.")
+    ] = _DEFAULT.group_norm,
+    warmup_steps: Annotated[
+        int, typer.Option(help="Synchronous steps after the first, for displaced.")
+    ] = _DEFAULT.warmup_steps,
+    height: Annotated[int | None, typer.Option(help="Pixels; without it, the model's own.")] = None,
+    width: Annotated[int | None, typer.Option(help="Pixels; without it, the model's own.")] = None,
+    steps: Annotated[int, typer.Option(help="Denoising steps.")] = 30,
+    guidance_scale: Annotated[float, typer.Option(help="Strength of the guidance.")] = 5.0,
+    negative_prompt: Annotated[str | None, typer.Option(help="What not to paint.")] = None,
+    seed: Annotated[int, typer.Option(help="Of all noise.")] = 0,
+    dtype: Annotated[
+        str | None, typer.Option(help="bf16, fp16 or fp32; without it fp32 on the CPU, else the checkpoint's own.")
+    ] = None,
+    device: Annotated[str, typer.Option(help="cpu, cuda or xpu.")] = "cpu",
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object instead of lines.")] = False,
+    output: Annotated[Path, typer.Option("--output", "-o", help="The picture; the suffix says the format.")] = Path(
+        "out.png"
+    ),
+) -> None:
+    """Paint a picture from a prompt, on several processes.
+
+    Alone, the command starts its workers itself; under torchrun it joins the given ranks, and rank 0 prints and writes.
+    """
+    config = ParallelConfig(
+        strategy=strategy,  # type: ignore[arg-type]
+        cfg=cfg,
+        patch=patch,
+        split=split,  # type: ignore[arg-type]
+        group_norm=group_norm,  # type: ignore[arg-type]
+        warmup_steps=warmup_steps,
+    )
+    from . import commands
+
+    order = commands.Order(
+        prompt=prompt,
+        model=model,
+        config=config,
+        nproc=nproc,
+        height=height,
+        width=width,
+        steps=steps,
+        guidance_scale=guidance_scale,
+        negative_prompt=negative_prompt,
+        seed=seed,
+        dtype=dtype,
+        device=device,
+        output=output,
+    )
+    result = commands.generate_joined(order) if "RANK" in os.environ else commands.generate(order)
+    if result is not None:
+        print(json.dumps(result.facts) if as_json else "\n".join(result.lines))
+
+
+@app.command()
+def models(
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON list instead of a table.")] = False,
+) -> None:
+    """List the models that can be spread, and how each was checked."""
+    from .models import supported
+
+    rows: list[dict[str, Any]] = supported()
+    if as_json:
+        print(json.dumps(rows))
+        return
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table("class", "what is known of it", show_lines=True)
+    table.columns[0].no_wrap = True
+    for row in rows:
+        facts = {name: ", ".join(cell) if isinstance(cell, (list, tuple)) else cell for name, cell in row.items()}
+        table.add_row(facts.pop("class"), "\n".join(f"{name}: {fact}" for name, fact in facts.items()))
+    Console().print(table)
+
+
+if importlib.util.find_spec("distrifusion.bench") is not None:
+
+    @app.command(
+        context_settings={"allow_extra_args": True, "ignore_unknown_options": True, "help_option_names": []},
+        help="Measure the strategies against one rank.",
+    )
+    def bench(ctx: typer.Context) -> None:
+        """Hand the rest of the line to ``bench.app``, which has its own ``--help``."""
+        from .bench import app as bench_app
+
+        code = typer.main.get_command(bench_app).main(ctx.args, "distrifusion bench", standalone_mode=False)
+        raise typer.Exit(code if isinstance(code, int) else 0)
+
+
+def run(arguments: list[str] | None = None) -> int:
+    """Run one command and return its exit code; an error is one line on stderr."""
+    if not sys.warnoptions:
+        warnings.simplefilter("ignore")  # of the libraries below, about each other
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    os.environ.setdefault("DIFFUSERS_VERBOSITY", "error")
+    arguments = sys.argv[1:] if arguments is None else arguments
+    try:
+        code = typer.main.get_command(app).main(arguments or ["--help"], "distrifusion", standalone_mode=False)
+    except (KeyboardInterrupt, typer.Abort):
+        code = INTERRUPTED
+    except Exception as error:
+        if os.environ.get("DISTRIFUSION_TRACEBACK") == "1":
+            raise
+        return _refuse(error)
+    if code == INTERRUPTED:
+        print("interrupted", file=sys.stderr)
+    return code if isinstance(code, int) else 0
+
+
+def _refuse(error: Exception) -> int:
+    format_message = getattr(error, "format_message", None)  # click's errors, whichever click typer carries
+    text = format_message() if format_message is not None else str(error)
+    known = format_message is not None or type(error).__module__ == "distrifusion.errors"
+    line = " ".join(text.split()) or type(error).__name__
+    print(f"error: {line}" if known else f"error: {type(error).__name__}: {line}", file=sys.stderr)
+    if format_message is not None or isinstance(error, (ConfigError, UnsupportedModel, RanksDisagree)):
+        return BAD_INPUT
+    return FAILED
+
+
+def main() -> None:
+    """The ``distrifusion`` command."""
+    sys.exit(run())

@@ -1,0 +1,210 @@
+"""What ``distrifusion generate`` does: with workers of its own, or as one of torchrun's ranks. The words are cli's."""
+
+from __future__ import annotations
+
+import os
+import secrets
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from . import checkpoint
+from .config import ParallelConfig
+from .engine import Engine, check_device, check_size, dtype_name, make_request, num_workers
+from .errors import ConfigError, DistrifusionError
+from .mesh import Mesh
+from .metrics import Report
+from .worker import OnStep, Request, Setup
+
+
+@dataclass(frozen=True)
+class Order:
+    """The command line, parsed."""
+
+    prompt: str
+    model: str | None
+    config: ParallelConfig
+    nproc: int | None
+    height: int | None
+    width: int | None
+    steps: int
+    guidance_scale: float
+    negative_prompt: str | None
+    seed: int
+    dtype: str | None
+    device: str
+    output: Path
+
+    def arguments(self) -> dict[str, Any]:
+        """The keywords of the pipeline."""
+        return {
+            "prompt": self.prompt,
+            "height": self.height,
+            "width": self.width,
+            "num_inference_steps": self.steps,
+            "guidance_scale": self.guidance_scale,
+            "negative_prompt": self.negative_prompt,
+        }
+
+
+@dataclass(frozen=True)
+class Written:
+    """What to say at the end: as ``lines`` for a person, as ``facts`` for a machine."""
+
+    lines: list[str]
+    facts: dict[str, Any]
+
+
+def generate(order: Order) -> Written:
+    """Paint with workers of our own and write the file.
+
+    Raises:
+        DistrifusionError: see `Engine`; nothing was written.
+    """
+    check_output(order.output)
+    check_device(order.device)
+    world = num_workers(order.config, order.nproc, order.device)
+    found = _check(order, world)  # before the engine starts processes
+    with _progress() as (say, on_step):
+        say("starting workers")
+        with Engine(found.path, order.config, nproc=world, device=order.device, dtype=order.dtype) as engine:
+            say("painting")
+            arguments = order.arguments()
+            steps = arguments.pop("num_inference_steps")
+            result = engine.generate(**arguments, steps=steps, seed=order.seed, progress=on_step)
+    return _write(order, result.images, result.report, result.seconds, world)
+
+
+def generate_joined(order: Order) -> Written | None:
+    """Paint as one of torchrun's ranks; rank 0 writes the file, the others return None.
+
+    Raises:
+        DistrifusionError: the same on all ranks, where rank 0 alone should speak: on the others it is SystemExit.
+    """
+    from . import joined
+
+    check_device(order.device)
+    comm = joined.connect(order.device)
+    try:
+        said = {**order.arguments(), "seed": order.seed, "model": order.model, "dtype": order.dtype}
+        settings = {**said, **asdict(order.config)}
+        setup, request = joined.agree(comm, settings, lambda: _setup(order, comm.rank, comm.world))
+        with _progress(comm.rank == 0) as (say, on_step):
+            say("loading")
+            painter = joined.load(comm, setup)
+            say("painting")
+            painted = joined.paint(comm, painter, request, on_step)
+        written = None
+        if comm.rank == 0:
+            written = _write(order, painted.images, painted.report, painted.seconds, comm.world)
+        joined.leave(comm)
+        return written
+    except (DistrifusionError, KeyboardInterrupt) as error:
+        if comm.rank == 0:
+            raise
+        raise SystemExit(1) from error  # in silence: rank 0 says it, and torchrun looks at rank 0 as well
+    except Exception as error:
+        raise DistrifusionError(f"rank {comm.rank}: {type(error).__name__}: {error}") from error
+    finally:
+        comm.close()
+
+
+def _check(order: Order, world: int) -> checkpoint.Checkpoint:
+    make_request(order.seed, order.arguments())
+    mesh = Mesh.fit(order.config, world)
+    found = checkpoint.find(order.model)
+    dtype_name(order.dtype, order.device, found)
+    check_size(found, order.config, mesh, order.height, order.width)
+    return found
+
+
+def _setup(order: Order, rank: int, world: int) -> tuple[Setup, Request]:
+    if rank == 0:
+        check_output(order.output)
+    if order.nproc is not None and order.nproc != world:
+        raise ConfigError(f"nproc={order.nproc} where torchrun has started {world} ranks: leave it out")
+    found = _check(order, world)
+    dtype = dtype_name(order.dtype, order.device, found)
+    setup = Setup(path=str(found.path.absolute()), config=order.config, device=order.device, dtype=dtype)
+    return setup, make_request(order.seed, order.arguments(), found.default_size)
+
+
+def check_output(path: Path) -> None:
+    """Whether a picture can be written to ``path``: asked before any work is done.
+
+    Raises:
+        ConfigError: a suffix that is no format, no such folder, or one that cannot be written to.
+    """
+    from PIL import Image
+
+    formats = Image.registered_extensions()
+    if formats.get(path.suffix.lower()) not in Image.SAVE:
+        raise ConfigError(f"output {str(path)!r}: {path.suffix!r} is no format of pictures: use .png, .jpg or .webp")
+    if path.is_dir():
+        raise ConfigError(f"output {str(path)!r} is a folder: name a file")
+    if not path.parent.is_dir():
+        raise ConfigError(f"output {str(path)!r}: there is no folder {str(path.parent)!r}")
+    if path.exists() and not os.access(path, os.W_OK):
+        raise ConfigError(f"output {str(path)!r} is there and cannot be written to")
+    trial = _beside(path)
+    try:
+        trial.touch(exist_ok=False)
+        trial.unlink()
+    except OSError as error:
+        raise ConfigError(
+            f"output {str(path)!r}: the folder {str(path.parent)!r} cannot be written to ({error.strerror})"
+        ) from error
+
+
+def _beside(path: Path) -> Path:
+    return path.with_name(f".{path.stem}-{secrets.token_hex(4)}{path.suffix}")
+
+
+def _write(order: Order, images: Any, report: Report, seconds: float, world: int) -> Written:
+    image = images[0]
+    if not hasattr(image, "save"):
+        raise ConfigError(f"the model makes {type(image).__name__}, and this command writes pictures: use df.Engine")
+    whole = _beside(order.output)
+    try:
+        image.save(whole)
+        os.replace(whole, order.output)  # the file appears whole or not at all
+    except OSError as error:
+        raise DistrifusionError(f"output {str(order.output)!r} could not be written: {error}") from error
+    finally:
+        with suppress(FileNotFoundError):
+            whole.unlink()
+    width, height = image.size
+    facts = {
+        "file": str(order.output),
+        "prompt": order.prompt,
+        "model": order.model or "bundled",
+        "seed": order.seed,
+        "height": height,
+        "width": width,
+        "world": world,
+        "device": order.device,
+        "seconds": round(seconds, 3),
+        **report.as_dict(),
+    }
+    lines = [report.line(), f"wrote {order.output} ({width} x {height}, seed {order.seed}) in {seconds:.1f} s"]
+    return Written(lines, facts)
+
+
+@contextmanager
+def _progress(shown: bool = True) -> Iterator[tuple[Any, OnStep]]:
+    """A line on stderr while at work: what is done now, and the steps with the seconds of the last one."""
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[pace]}"))
+    console = Console(stderr=True)
+    hidden = not (shown and console.is_terminal)
+    with Progress(*columns, TimeRemainingColumn(), console=console, transient=True, disable=hidden) as progress:
+        task = progress.add_task("", total=None, pace="")
+
+        def on_step(step: int, total: int, seconds: float) -> None:
+            progress.update(task, completed=step, total=total, pace=f"{seconds:.2f} s/step")
+
+        yield lambda text: progress.update(task, description=text), on_step

@@ -1,0 +1,35 @@
+"""What the workers of test_launch.py do."""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+import time
+
+RANK = int(os.environ.get("RANK", "-1"))
+
+
+def speak() -> None:
+    names = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "JOB_WORD")
+    print(*(os.environ[name] for name in names))
+    print("own session", os.getsid(0) == os.getpid(), file=sys.stderr)
+
+
+def fail() -> None:
+    if RANK == 1:
+        print("before the end", file=sys.stderr)
+        sys.exit(7)
+    time.sleep(60)
+
+
+def die() -> None:
+    if RANK == 1:
+        os.kill(os.getpid(), signal.SIGKILL)
+    time.sleep(60)
+
+
+def stop() -> None:
+    print("stopped", flush=True)
+    os.kill(os.getpid(), signal.SIGSTOP)
+    time.sleep(60)

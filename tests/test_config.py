@@ -1,0 +1,76 @@
+"""The configuration says what is wrong with it, in one line that names the value."""
+
+import dataclasses
+
+import pytest
+
+from distrifusion import ConfigError, DistrifusionError, ParallelConfig
+
+
+def test_the_defaults_are_the_papers() -> None:
+    assert dataclasses.asdict(ParallelConfig()) == {
+        "strategy": "displaced",
+        "cfg": 1,
+        "patch": None,
+        "split": "rows",
+        "warmup_steps": 4,
+        "group_norm": "corrected",
+    }
+
+
+@pytest.mark.parametrize("strategy", ["sync", "displaced", "naive"])
+@pytest.mark.parametrize("split", ["rows", "cols"])
+@pytest.mark.parametrize("group_norm", ["corrected", "stale", "separate", "sync"])
+def test_every_choice_is_accepted(strategy: str, split: str, group_norm: str) -> None:
+    config = ParallelConfig(strategy=strategy, split=split, group_norm=group_norm, cfg=2, patch=3, warmup_steps=0)
+    assert str(config) == f"strategy={strategy} cfg=2 patch=3 split={split} warmup_steps=0 group_norm={group_norm}"
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"strategy": "fast"}, r"strategy='fast' must be one of 'sync', 'displaced', 'naive'"),
+        ({"strategy": None}, r"strategy=None must be one of"),
+        (
+            {"strategy": "pipelined"},
+            r"strategy='pipelined' is not built yet; choose one of 'sync', 'displaced', 'naive'",
+        ),
+        ({"strategy": "shifted"}, r"strategy='shifted' is not built yet"),
+        ({"strategy": "tensor"}, r"strategy='tensor' is not built yet"),
+        ({"split": "columns"}, r"split='columns' must be one of 'rows', 'cols'"),
+        ({"group_norm": "exact"}, r"group_norm='exact' must be one of 'corrected', 'stale', 'separate', 'sync'"),
+        ({"cfg": 3}, r"cfg=3 must be 1 or 2: guidance has two branches"),
+        ({"cfg": 0}, r"cfg=0 must be a whole number of at least 1"),
+        ({"cfg": True}, r"cfg=True must be a whole number"),
+        ({"cfg": "2"}, r"cfg='2' must be a whole number"),
+        ({"patch": 0}, r"patch=0 must be a whole number of at least 1"),
+        ({"patch": 2.0}, r"patch=2\.0 must be a whole number"),
+        ({"warmup_steps": -1}, r"warmup_steps=-1 must be a whole number of at least 0"),
+        ({"warmup_steps": 1.5}, r"warmup_steps=1\.5 must be a whole number"),
+        ({"warmup_steps": None}, r"warmup_steps=None must be a whole number"),
+    ],
+)
+def test_a_bad_value_is_named_with_what_would_be_right(values: dict[str, object], message: str) -> None:
+    with pytest.raises(ConfigError, match=message) as caught:
+        ParallelConfig(**values)
+    assert "\n" not in str(caught.value)
+
+
+def test_an_unhashable_value_is_named_too() -> None:
+    with pytest.raises(ConfigError, match=r"strategy=\['sync'\] must be one of"):
+        ParallelConfig(strategy=["sync"])
+
+
+def test_arguments_are_keywords_and_frozen() -> None:
+    with pytest.raises(TypeError):
+        ParallelConfig("sync")  # type: ignore[misc]
+    with pytest.raises(TypeError, match="stragety"):
+        ParallelConfig(stragety="sync")  # type: ignore[call-arg]
+    config = ParallelConfig()
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        config.cfg = 2  # type: ignore[misc]
+
+
+def test_errors_are_of_one_family_and_of_the_builtin_kind() -> None:
+    assert issubclass(ConfigError, DistrifusionError)
+    assert issubclass(ConfigError, ValueError)

@@ -1,0 +1,64 @@
+"""Coordinates and peers on the named axes."""
+
+import pytest
+
+from distrifusion import ConfigError, ParallelConfig
+from distrifusion.mesh import AXES, Mesh
+
+
+@pytest.mark.parametrize(
+    ("cfg", "patch", "world", "sizes"),
+    [
+        (1, None, 1, (1, 1)),
+        (1, None, 7, (1, 7)),
+        (2, None, 2, (2, 1)),
+        (2, None, 6, (2, 3)),
+        (2, 3, 6, (2, 3)),
+        (1, 5, 5, (1, 5)),
+    ],
+)
+def test_patch_takes_what_cfg_leaves(cfg: int, patch: int | None, world: int, sizes: tuple[int, int]) -> None:
+    mesh = Mesh.fit(ParallelConfig(cfg=cfg, patch=patch), world)
+    assert mesh.sizes == sizes
+    assert mesh.world == world
+    assert [mesh.size(axis) for axis in AXES] == list(sizes)
+
+
+@pytest.mark.parametrize(
+    ("cfg", "patch", "world", "message"),
+    [
+        (2, None, 3, r"a world of 3 does not fit cfg=2 x patch=any: start a multiple of 2 ranks"),
+        (2, None, 1, r"a world of 1 does not fit cfg=2 x patch=any"),
+        (1, 4, 3, r"a world of 3 does not fit cfg=1 x patch=4: start 4 ranks"),
+        (2, 2, 8, r"a world of 8 does not fit cfg=2 x patch=2: start 4 ranks"),
+        (2, 3, 1, r"a world of 1 does not fit cfg=2 x patch=3: start 6 ranks"),
+    ],
+)
+def test_a_world_that_is_not_the_product_is_named(cfg: int, patch: int | None, world: int, message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        Mesh.fit(ParallelConfig(cfg=cfg, patch=patch), world)
+
+
+def test_the_ranks_of_a_patch_group_are_consecutive() -> None:
+    mesh = Mesh((2, 3))
+    assert mesh.groups("patch") == [[0, 1, 2], [3, 4, 5]]
+    assert mesh.groups("cfg") == [[0, 3], [1, 4], [2, 5]]
+    assert [(mesh.coordinate(rank, "cfg"), mesh.coordinate(rank, "patch")) for rank in range(6)] == [
+        (0, 0),
+        (0, 1),
+        (0, 2),
+        (1, 0),
+        (1, 1),
+        (1, 2),
+    ]
+    assert str(mesh) == "cfg 2 x patch 3"
+
+
+@pytest.mark.parametrize("sizes", [(1, 1), (1, 5), (2, 1), (2, 4)])
+def test_groups_of_each_axis_cover_the_world_once(sizes: tuple[int, int]) -> None:
+    mesh = Mesh(sizes)
+    for axis in AXES:
+        groups = mesh.groups(axis)
+        assert sorted(rank for group in groups for rank in group) == list(range(mesh.world))
+        for group in groups:
+            assert [mesh.coordinate(rank, axis) for rank in group] == list(range(mesh.size(axis)))

@@ -1,0 +1,70 @@
+"""The report: what ran, as a line and as JSON."""
+
+import json
+
+import pytest
+
+from distrifusion.metrics import Report, human_bytes
+
+
+def a_report() -> Report:
+    report = Report("displaced", "cfg 1 x patch 2", patches=(8, 7))
+    report.step("sync", 9.0, 65, 1000)
+    report.step("sync", 8.0, 65, 1000)
+    for seconds in (0.5, 0.2, 0.3):
+        report.step("displaced", seconds, 5, 2048)
+    return report
+
+
+def test_json_gives_the_medians_of_the_prevailing_kind_of_step() -> None:
+    facts = json.loads(json.dumps(a_report().as_dict()))
+    assert facts == {
+        "strategy": "displaced",
+        "mesh": "cfg 1 x patch 2",
+        "split": "rows",
+        "patches": [8, 7],
+        "steps": {"sync": 2, "displaced": 3},
+        "seconds_per_step": 0.3,
+        "messages_per_step": 5,
+        "bytes_per_step": 2048,
+        "notes": [],
+    }
+
+
+def test_the_line_says_the_same() -> None:
+    report = a_report()
+    report.notes.append("patches of 2 ranks are empty at level 3")
+    assert report.line() == (
+        "strategy displaced | mesh cfg 1 x patch 2 | rows per rank 8+7 | steps 2 sync + 3 displaced | 0.300 s/step | "
+        "2.0 KiB and 5 messages sent per step and rank | patches of 2 ranks are empty at level 3"
+    )
+
+
+def test_a_report_without_steps_is_still_a_line() -> None:
+    report = Report("none", "cfg 1 x patch 1")
+    assert report.as_dict()["seconds_per_step"] is None
+    assert "steps none | - s/step" in report.line()
+
+
+def test_a_copy_is_left_alone_by_later_steps() -> None:
+    report = a_report()
+    copy = report.copy()
+    report.step("displaced", 1.0, 1, 1)
+    report.notes.append("later")
+    assert (len(copy.kinds), len(copy.seconds), copy.notes) == (5, 5, [])
+    assert copy == a_report()
+
+
+@pytest.mark.parametrize(
+    ("count", "text"),
+    [
+        (0, "0 B"),
+        (1023, "1023 B"),
+        (1024, "1.0 KiB"),
+        (1.5 * 2**20, "1.5 MiB"),
+        (3 * 2**30, "3.00 GiB"),
+        (5000 * 2**30, "5000.00 GiB"),
+    ],
+)
+def test_bytes_for_people(count: float, text: str) -> None:
+    assert human_bytes(count) == text

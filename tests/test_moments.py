@@ -1,0 +1,124 @@
+"""Moments against float64: exact over uneven patches, no cancellation, and the paper's correction term by term."""
+
+import pytest
+import torch
+from torch import Tensor
+
+from distrifusion.moments import combine, correct, measure
+
+
+def noise(*shape: int, seed: int = 0) -> Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+
+
+def truth(groups: Tensor) -> tuple[Tensor, Tensor]:
+    groups = groups.double()
+    return groups.mean(1), groups.var(1, unbiased=False)
+
+
+def close(value: Tensor, wanted: Tensor, tolerance: float = 1e-5) -> bool:
+    return bool(((value.double() - wanted).abs() <= tolerance * wanted.abs().clamp(min=1.0)).all())
+
+
+def test_the_layout_is_count_means_m2() -> None:
+    packed = measure(torch.tensor([[1.0, 3.0], [5.0, 5.0]]))
+    assert packed.tolist() == [2.0, 2.0, 5.0, 2.0, 0.0]
+    assert packed.dtype == torch.float32
+
+
+@pytest.mark.parametrize("cuts", [(12,), (5, 7), (1, 10, 1), (0, 12), (3, 0, 9), (4, 4, 4)])
+@pytest.mark.parametrize("shift", [0.0, -7.0, 1e3])
+def test_uneven_and_empty_patches_combine_exactly(cuts: tuple[int, ...], shift: float) -> None:
+    groups = 2 * noise(3, 12) + shift
+    mean, var = combine([measure(part) for part in groups.split(list(cuts), dim=1)])
+    wanted_mean, wanted_var = truth(groups)
+    assert close(mean, wanted_mean)
+    assert close(var, wanted_var, 1e-4 if shift == 1e3 else 1e-5)  # float32 means of 1e3 are 6e-5 apart
+
+
+def test_patches_that_differ_much_combine_exactly() -> None:
+    parts = [noise(2, 5), noise(2, 9, seed=1) * 1e-3 + 40, noise(2, 2, seed=2) * 30 - 500]
+    mean, var = combine([measure(part) for part in parts])
+    wanted_mean, wanted_var = truth(torch.cat(parts, 1))
+    assert ((mean.double() - wanted_mean).abs() <= 1e-5 * wanted_mean.abs()).all()
+    assert ((var.double() - wanted_var).abs() <= 1e-5 * wanted_var).all()
+
+
+def test_the_variance_is_biased_as_in_torch() -> None:
+    _, var = combine([measure(torch.tensor([[0.0, 2.0]]))])
+    assert var.tolist() == [1.0]
+
+
+def test_a_large_mean_does_not_swallow_the_variance() -> None:
+    groups = noise(2, 4096) + 1e3
+    mean, var = combine([measure(groups[:, :1000]), measure(groups[:, 1000:])])
+    wanted_mean, wanted_var = truth(groups)
+    assert ((mean.double() - wanted_mean).abs() / wanted_mean <= 1e-6).all()
+    assert ((var.double() - wanted_var).abs() / wanted_var <= 1e-4).all()
+    naive = (groups * groups).mean(1) - groups.mean(1) ** 2
+    assert ((naive.double() - wanted_var).abs() / wanted_var).max() > 1e-3  # what this guards against
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_low_precision_is_measured_in_float32(dtype: torch.dtype) -> None:
+    groups = (300 * noise(2, 64)).to(dtype)  # squares overflow float16
+    packed = measure(groups)
+    assert packed.dtype == torch.float32
+    mean, var = combine([packed])
+    wanted_mean, wanted_var = truth(groups)
+    assert ((mean.double() - wanted_mean).abs() <= 1e-4).all()
+    assert ((var.double() - wanted_var).abs() / wanted_var <= 1e-5).all()
+
+
+def paper(now: Tensor, before: Tensor, before_all: Tensor) -> tuple[Tensor, Tensor]:
+    """DistriFusion, section 4, in float64 by raw moments, as written there."""
+    now, before, before_all = now.double(), before.double(), before_all.double()
+    first = before_all.mean(1) + now.mean(1) - before.mean(1)
+    second = (before_all**2).mean(1) + (now**2).mean(1) - (before**2).mean(1)
+    var = second - first**2
+    return first, torch.where(var < 0, now.var(1, unbiased=False), var)
+
+
+def corrected(now: Tensor, before: Tensor, peers: list[Tensor]) -> tuple[Tensor, Tensor]:
+    return correct(measure(now), measure(before), [measure(part) for part in [before, *peers]])
+
+
+@pytest.mark.parametrize("shift", [0.0, 5.0])
+@pytest.mark.parametrize("drift", [0.0, 0.1, 1.0])
+def test_the_correction_is_the_papers(drift: float, shift: float) -> None:
+    before = noise(3, 40) + shift
+    now = before + drift * noise(3, 40, seed=1)
+    peers = [noise(3, 40, seed=2) * 1.5 + shift, noise(3, 20, seed=3) - 0.5]
+    mean, var = corrected(now, before, peers)
+    wanted_mean, wanted_var = paper(now, before, torch.cat([before, *peers], 1))
+    assert close(mean, wanted_mean)
+    assert close(var, wanted_var)
+
+
+def test_held_input_is_corrected_to_the_exact_moments() -> None:
+    own, peers = noise(3, 30), [noise(3, 50, seed=1) + 2]
+    mean, var = corrected(own, own, peers)
+    wanted_mean, wanted_var = truth(torch.cat([own, *peers], 1))
+    assert close(mean, wanted_mean)
+    assert close(var, wanted_var)
+
+
+def test_a_negative_variance_falls_back_to_the_own() -> None:
+    before = noise(1, 50) * 3
+    now, peers = noise(1, 50, seed=1) * 0.1, [noise(1, 50, seed=2) * 0.1]
+    # The own patch was wide and has become narrow, but its weight in the old sum is only a half.
+    mean, var = corrected(now, before, peers)
+    wanted_mean, wanted_var = paper(now, before, torch.cat([before, *peers], 1))
+    raw = (torch.cat([before, *peers], 1) ** 2).mean() + (now**2).mean() - (before**2).mean() - wanted_mean**2
+    assert raw.item() < 0  # the case in hand
+    assert close(mean, wanted_mean)
+    assert close(var, wanted_var)
+    assert var.item() == pytest.approx(now.var(unbiased=False).item(), rel=1e-5)
+
+
+def test_an_empty_patch_is_corrected_to_the_peers_moments() -> None:
+    nothing, peers = torch.empty(2, 0), [noise(2, 30), noise(2, 10, seed=1) + 4]
+    mean, var = corrected(nothing, nothing, peers)
+    wanted_mean, wanted_var = truth(torch.cat(peers, 1))
+    assert close(mean, wanted_mean)
+    assert close(var, wanted_var)
