@@ -1,4 +1,4 @@
-"""The figures of docs/numerics.md: ``OMP_NUM_THREADS=1 python benchmarks/numerics.py`` (under two minutes on one core)."""
+"""The figures of docs/numerics.md: ``OMP_NUM_THREADS=1 python benchmarks/numerics.py``; about a minute on one core."""
 
 from __future__ import annotations
 
@@ -66,7 +66,8 @@ def sampling() -> None:
     other = sample(copy.deepcopy(unet).to(memory_format=torch.channels_last), size, 10)
     print("\n10 steps of DDIM, float32, latents 27 x 22, relative L2 of the final latents against one device:\n")
     print(
-        "| world | sync, rows | sync, cols | displaced, warm-up 10 | displaced, warm-up 2 | naive |\n|---|---|---|---|---|---|"
+        "| world | sync, rows | sync, cols | displaced, warm-up 10 | displaced, warm-up 2 | naive |\n"
+        "|---|---|---|---|---|---|"
     )
     for world in (2, 3, 4, 5, 7):
         cells = [
@@ -88,11 +89,10 @@ def sampling() -> None:
 
 def group_norm() -> None:
     torch.manual_seed(0)
+    print("\nVariance of 32 groups over 3 uneven patches (5, 9, 2 rows of 64), relative L2 against float64:\n")
     print(
-        "\nVariance of 32 groups over 3 uneven patches (5, 9 and 2 rows of 64 x 10 channels), relative L2 against float64:\n"
-    )
-    print(
-        "| mean / deviation | (count, mean, M2) | E[x^2] - E[x]^2 in float32 | with the factor n/(n-1) per patch |\n|---|---|---|---|"
+        "| mean / deviation | (count, mean, M2) | E[x^2] - E[x]^2 in float32 | with n/(n-1) per patch |\n"
+        "|---|---|---|---|"
     )
     for offset in (0.0, 10.0, 1000.0):
         patches = [torch.randn(32, rows * 640) + offset for rows in (5, 9, 2)]
@@ -106,15 +106,11 @@ def group_norm() -> None:
             / counts.sum()
         )
         _, ours = combine([measure(p) for p in patches])
-        print(
-            f"| {offset:g} | {relative(ours, truth):.1e} | {relative(naive, truth):.1e} | {relative(unbiased, truth):.1e} |"
-        )
-    print(
-        "\nThe correction about the own mean against the formula as printed, both against the formula in float64, mean / deviation 30:"
-    )
+        print(f"| {offset:g} | " + " | ".join(f"{relative(found, truth):.1e}" for found in (ours, naive, unbiased)))
+    print("\nThe correction about the own mean, then the formula as printed, against float64; mean / deviation 30:")
     before = [torch.randn(32, 640) + 30 for _ in range(3)]
     now = before[0] + 0.1 * torch.randn(32, 640) + 0.05
-    mean, var = correct(measure(now), measure(before[0]), [measure(p) for p in before])
+    _, var = correct(measure(now), measure(before[0]), [measure(p) for p in before])
 
     def printed(dtype: torch.dtype) -> Tensor:
         e = [[(p.to(dtype) ** k).mean(1) for k in (1, 2)] for p in before]

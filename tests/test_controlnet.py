@@ -153,9 +153,7 @@ def test_image_to_image_and_inpainting() -> None:
         return controlled(pipe, control_image=picture(1), strength=0.8, num_inference_steps=4)
 
     def painted(pipe: Any) -> Tensor:
-        return controlled(
-            pipe, control_image=picture(1), mask_image=half_mask(), strength=0.8, num_inference_steps=4
-        )
+        return controlled(pipe, control_image=picture(1), mask_image=half_mask(), strength=0.8, num_inference_steps=4)
 
     check(lambda: sd(diffusers.StableDiffusionControlNetImg2ImgPipeline, controlnet=controlnet()), refined, worlds=(3,))
     check(
@@ -240,7 +238,11 @@ def test_nothing_is_gathered_between_controlnet_and_unet() -> None:
         pipe = df.parallelize(one(), SYNC, comm)
         net = pipe.controlnet
         down, mid = net(
-            torch.randn(1, 4, 18, 14), torch.tensor(1), torch.randn(1, 9, 12), torch.rand(1, 3, 72, 56), return_dict=False
+            torch.randn(1, 4, 18, 14),
+            torch.tensor(1),
+            torch.randn(1, 9, 12),
+            torch.rand(1, 3, 72, 56),
+            return_dict=False,
         )
         seen[comm.rank] = [tuple(part.shape[2:]) for part in (*down, mid)]
 
@@ -315,7 +317,9 @@ def test_a_controlnet_alone_is_refused() -> None:
     def rank(comm: Any) -> None:
         df.parallelize(controlnet(), SYNC, comm)
 
-    with pytest.raises(df.UnsupportedModel, match="ControlNetModel is spread together with its U-Net: give the pipeline"):
+    with pytest.raises(
+        df.UnsupportedModel, match="ControlNetModel is spread together with its U-Net: give the pipeline"
+    ):
         df.run_ranks(2, rank)
 
 

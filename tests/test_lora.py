@@ -92,7 +92,9 @@ def test_loaded_before(targets: list[str]) -> None:
 def test_convolutions_that_stride(kind: str, config: df.ParallelConfig) -> None:
     """LoRA's second convolution stands behind the stride, its first before."""
     weights(kind, tuple(CONV), 0)
-    check(lambda: sd(kind=kind), lambda pipe: short(load(pipe, "a", CONV, kind=kind), height=72, width=56), config=config)
+    check(
+        lambda: sd(kind=kind), lambda pipe: short(load(pipe, "a", CONV, kind=kind), height=72, width=56), config=config
+    )
 
 
 def changing(pipe: Any) -> list[Tensor]:

@@ -60,7 +60,9 @@ def unconditional(scheduler: Any) -> Any:
 
 
 def drawn(pipe: Any) -> Tensor:
-    images = pipe(batch_size=2, num_inference_steps=3, generator=torch.Generator().manual_seed(0), output_type="np").images
+    images = pipe(
+        batch_size=2, num_inference_steps=3, generator=torch.Generator().manual_seed(0), output_type="np"
+    ).images
     return torch.from_numpy(images)
 
 
@@ -216,7 +218,10 @@ def test_views_of_a_panorama_are_not_taken_for_steps() -> None:
     def rank(comm: Any) -> tuple[list[Tensor], list[Tensor], list[str]]:
         pipe = df.parallelize(sd(), DISPLACED, comm)
         generator = torch.Generator().manual_seed(3)
-        views, text = list(torch.randn(3, 1, 4, 16, 16, generator=generator)), torch.randn(1, 9, 12, generator=generator)
+        views, text = (
+            list(torch.randn(3, 1, 4, 16, 16, generator=generator)),
+            torch.randn(1, 9, 12, generator=generator),
+        )
         together = denoised(pipe, views, text)
         kinds = df.report(pipe).kinds
         return together, [denoised(pipe, [view], text)[0] for view in views], kinds

@@ -1,4 +1,4 @@
-"""One picture on several devices, the same picture, sooner. The public face, loaded on first use: no torch until then."""
+"""One picture on several devices, the same picture, sooner. The public face; torch is loaded on first use."""
 
 from __future__ import annotations
 

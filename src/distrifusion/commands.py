@@ -102,7 +102,7 @@ def generate_joined(order: Order) -> Written | None:
         joined.leave(comm)
         return written
     except (DistrifusionError, KeyboardInterrupt) as error:
-        if comm.rank == 0:
+        if comm.rank == 0 or os.environ.get("DISTRIFUSION_TRACEBACK") == "1":
             raise
         raise SystemExit(1) from error  # in silence: rank 0 says it, and torchrun looks at rank 0 as well
     except Exception as error:

@@ -26,7 +26,8 @@ class ParallelConfig:
         patch: ranks along the picture; None takes all that ``cfg`` leaves.
         split: ``"rows"`` or ``"cols"`` of the latent.
         warmup_steps: synchronous steps after the first one; ``displaced`` only (0: only the first is synchronous).
-        group_norm: statistics under ``displaced``: ``"corrected"`` (stale sums of the peers, corrected by the own change),
+        group_norm: statistics under ``displaced``: ``"corrected"`` (stale sums of the peers, corrected by the own
+            change),
             ``"stale"`` (peers' old, own fresh), ``"separate"`` (own only) or ``"sync"`` (exact, waits).
 
     Raises:
@@ -43,7 +44,9 @@ class ParallelConfig:
     def __post_init__(self) -> None:
         _one_of("strategy", self.strategy, get_args(StrategyName))
         if self.strategy not in BUILT:
-            raise ConfigError(f"strategy={self.strategy!r} is not built yet; choose one of {', '.join(map(repr, BUILT))}")
+            raise ConfigError(
+                f"strategy={self.strategy!r} is not built yet; choose one of {', '.join(map(repr, BUILT))}"
+            )
         _one_of("split", self.split, get_args(SplitDim))
         _one_of("group_norm", self.group_norm, get_args(GroupNormMode))
         _whole("cfg", self.cfg, 1)

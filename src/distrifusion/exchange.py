@@ -1,7 +1,8 @@
 """How old an answer may be: the freshness policies.
 
-A layer asks at its seam by one of three verbs. The policy answers with values of this step (`Fresh`), of the step before
-(`Stale`), or with none (`Absent`), and sends what the peers will want. Layers never know which policy they talk to.
+A layer asks at its seam by one of three verbs. The policy answers with values of this step (`Fresh`), of the step
+before (`Stale`), or with none (`Absent`), and sends what the peers will want. Layers never know which policy they
+talk to.
 """
 
 from __future__ import annotations
@@ -43,7 +44,9 @@ class Exchange(Protocol):
         """
         ...
 
-    def gather(self, key: str, own: Sequence[Tensor], sizes: Sequence[int], dim: int) -> Pending[list[Sequence[Tensor]]]:
+    def gather(
+        self, key: str, own: Sequence[Tensor], sizes: Sequence[int], dim: int
+    ) -> Pending[list[Sequence[Tensor]]]:
         """Everyone's parts, in order of rank; the own ones are always fresh.
 
         ``own`` are tensors that differ in their last dim only, such as K and V; they travel as one message. Rank r's
@@ -111,7 +114,9 @@ class Fresh(_Named):
             self._slots.keep(self._name(key), sends, recvs, links=plan.links, weight=weight)
         return _Arriving(travel, lambda _: recvs)
 
-    def gather(self, key: str, own: Sequence[Tensor], sizes: Sequence[int], dim: int) -> Pending[list[Sequence[Tensor]]]:
+    def gather(
+        self, key: str, own: Sequence[Tensor], sizes: Sequence[int], dim: int
+    ) -> Pending[list[Sequence[Tensor]]]:
         """See Exchange."""
         name, widths = self._name(key), [part.shape[-1] for part in own]
         packed = torch.cat(list(own), dim=-1) if len(own) > 1 else own[0].contiguous()
@@ -122,7 +127,7 @@ class Fresh(_Named):
             parts = [part.view(_resized(packed.shape, dim, size)) for part, size in zip(flat, sizes, strict=True)]
             if self._slots is not None:
                 self._slots.keep_shared(name, packed, parts)
-            return [part.split(widths, -1) for part in parts]
+            return [torch.split(part, widths, -1) for part in parts]
 
         return _Arriving(travel, shaped)
 
@@ -167,13 +172,15 @@ class Stale(_Named):
         self._slots.post(name, _outgoing(patch, plan, dim))
         return Done(before)
 
-    def gather(self, key: str, own: Sequence[Tensor], sizes: Sequence[int], dim: int) -> Pending[list[Sequence[Tensor]]]:
+    def gather(
+        self, key: str, own: Sequence[Tensor], sizes: Sequence[int], dim: int
+    ) -> Pending[list[Sequence[Tensor]]]:
         """See Exchange."""
         name = self._name(key)
         if name not in self._slots:
             return self._fresh.gather(key, own, sizes, dim)
         widths = [part.shape[-1] for part in own]
-        before = {peer: words.split(widths, -1) for peer, words in self._slots.read(name).items()}
+        before = {peer: torch.split(words, widths, -1) for peer, words in self._slots.read(name).items()}
         self._slots.post_shared(name, *own)
         return Done([own if rank == self._rank else before[rank] for rank in range(len(sizes))])
 
@@ -213,7 +220,9 @@ class Absent(_Named):
         """See Exchange."""
         return Done({peer: _rows_like(patch, dim, count).zero_() for peer, count in plan.recvs})
 
-    def gather(self, key: str, own: Sequence[Tensor], sizes: Sequence[int], dim: int) -> Pending[list[Sequence[Tensor]]]:
+    def gather(
+        self, key: str, own: Sequence[Tensor], sizes: Sequence[int], dim: int
+    ) -> Pending[list[Sequence[Tensor]]]:
         """See Exchange. The peers' parts are empty."""
         nothing = [part.narrow(dim, 0, 0) for part in own]
         return Done([own if rank == self._rank else nothing for rank in range(len(sizes))])

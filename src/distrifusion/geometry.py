@@ -1,8 +1,8 @@
 """Which rows belong to whom, and which rows a layer must borrow. Integers only: no tensors, no communication.
 
 Everything is said along one dim, rows or columns; "row" below stands for either. The one rule that carries the rest
-(distdl's): what a rank borrows follows from the rows of *output* that it owns, so stride, uneven patches and kernels larger
-than a patch need no special case, and what I send is my peer's need by the same function.
+(distdl's): what a rank borrows follows from the rows of *output* that it owns, so stride, uneven patches and kernels
+larger than a patch need no special case, and what I send is my peer's need by the same function.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
+from itertools import pairwise
 from typing import Protocol
 
 from .errors import ConfigError
@@ -55,7 +56,8 @@ class Split:
         """
         if size < num_patches:
             raise ConfigError(
-                f"{size} rows of latent cannot be split over {num_patches} ranks: the largest world for this picture is {size}"
+                f"{size} rows of latent cannot be split over {num_patches} ranks: "
+                f"the largest world for this picture is {size}"
             )
         while True:
             num_units = -(-size // unit)
@@ -63,7 +65,7 @@ class Split:
             bounds = [0]
             for i in range(num_patches):
                 bounds.append(min(bounds[-1] + unit * (base + (i < extra)), size))
-            largest = max(stop - start for start, stop in zip(bounds, bounds[1:], strict=False))
+            largest = max(stop - start for start, stop in pairwise(bounds))
             if unit == 1 or (base > 0 and 8 * largest * num_patches <= 9 * size):
                 return cls(tuple(bounds))
             unit //= 2
@@ -98,6 +100,10 @@ class Reader(Protocol):
 
     def reads(self, out: Span) -> Span:
         """The input rows behind output rows ``out`` (not empty); may reach beyond the picture, where zeros are."""
+        ...
+
+    def __hash__(self) -> int:
+        """Plans are remembered by reader."""
         ...
 
 
@@ -230,9 +236,7 @@ class Levels:
     across: tuple[int, ...]
 
     @classmethod
-    def down(
-        cls, size: int, across: int, num_patches: int, along: Sequence[Window], other: Sequence[Window]
-    ) -> Levels:
+    def down(cls, size: int, across: int, num_patches: int, along: Sequence[Window], other: Sequence[Window]) -> Levels:
         """Levels of a model that shrinks by ``along`` (and ``other`` across) from each level to the next.
 
         Raises:

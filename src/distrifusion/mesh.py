@@ -29,7 +29,9 @@ class Mesh:
         if config.cfg * patch != world:
             asked = f"cfg={config.cfg} x patch={patch if config.patch is not None else 'any'}"
             fits = (
-                f"{config.cfg * config.patch} ranks" if config.patch is not None else f"a multiple of {config.cfg} ranks"
+                f"{config.cfg * config.patch} ranks"
+                if config.patch is not None
+                else f"a multiple of {config.cfg} ranks"
             )
             raise ConfigError(f"a world of {world} does not fit {asked}: start {fits}, or change the product")
         return cls((config.cfg, patch))

@@ -11,8 +11,8 @@ from typing import Any
 class Report:
     """One picture (or one call of the pipeline) as it ran on this rank.
 
-    ``patches`` are the rows (or columns) of latent each rank of a patch group owns; ``seconds`` has one entry per call of
-    the denoiser, ``messages`` and ``bytes`` what this rank sent in it, ``kinds`` how fresh it was
+    ``patches`` are the rows (or columns) of latent each rank of a patch group owns; ``seconds`` has one entry per
+    call of the denoiser, ``messages`` and ``bytes`` what this rank sent in it, ``kinds`` how fresh it was
     (``"sync"``, ``"displaced"``, ``"naive"`` ...).
     """
 

@@ -1,8 +1,9 @@
 """Statistics of group norm over several patches, in float32.
 
-A patch's moments are one flat float32 tensor ``[1 + 2K]``, K = batch x groups: the number of elements behind each mean, the
-K means, and the K sums of squared deviations from them (M2). Packed, they travel as one message; as (count, mean, M2) they
-combine exactly over uneven patches (Chan, Golub, LeVeque 1979) and without the cancellation of E[x^2] - E[x]^2.
+A patch's moments are one flat float32 tensor ``[1 + 2K]``, K = batch x groups: the number of elements behind each
+mean, the K means, and the K sums of squared deviations from them (M2). Packed, they travel as one message; as (count,
+mean, M2) they combine exactly over uneven patches (Chan, Golub, LeVeque 1979) and without the cancellation of E[x^2]
+- E[x]^2.
 """
 
 from __future__ import annotations
@@ -37,9 +38,9 @@ def correct(own: Tensor, own_before: Tensor, before: Sequence[Tensor]) -> tuple[
     """DistriFusion's corrected asynchronous group norm (arXiv 2402.19481, section 4): mean and variance, each ``[K]``.
 
     The global moments of the step before (``before``, all patches), moved by the change of the own patch since then:
-    M[x^k] = mean_j E_j[x^k]' + (E_i[x^k] - E_i[x^k]'), var = M[x^2] - M[x]^2, and the patch's own variance where that is
-    negative. All moments are taken about the patch's present mean c, which leaves the formula unchanged (both sums of
-    weights are 1) and avoids its cancellation.
+    M[x^k] = mean_j E_j[x^k]' + (E_i[x^k] - E_i[x^k]'), var = M[x^2] - M[x]^2, and the patch's own variance where that
+    is negative. All moments are taken about the patch's present mean c, which leaves the formula unchanged (both sums
+    of weights are 1) and avoids its cancellation.
     """
     mean_all, var_all = combine(before)
     count, mean, m2 = _fields(own)

@@ -15,6 +15,7 @@ from .errors import ConfigError, UnsupportedModel
 from .mesh import Mesh
 from .metrics import Report
 from .models import controlnet_table, is_known, table_for
+from .strategies.agreement import agree
 from .strategies.denoiser import ParallelDenoiser
 from .strategies.guidance import Guidance
 
@@ -52,10 +53,12 @@ def parallelize(target: T, config: ParallelConfig | None = None, comm: Comm | No
             raise ConfigError(f"this {type(model).__name__} is parallel already; call df.restore first")
     if comm is None:
         comm = _comm_from_environment(target, models)
-    world = comm.world if comm is not None else 1
-    mesh = Mesh.fit(config, world)
-    if comm is None or world == 1:
+    if comm is None or comm.world == 1:
+        Mesh.fit(config, 1)
         return target
+    # Before anything that ranks with other configurations would do in another order.
+    agree(comm, {"configuration": str(config), "denoiser": ", ".join(type(model).__name__ for model in models)})
+    mesh = Mesh.fit(config, comm.world)
     guidance = Guidance(mesh, comm)
     timesteps = _timesteps_of(target)
     try:

@@ -17,7 +17,9 @@ def bench(
         str, typer.Option(help="A shape with random weights (sdxl, sdxl-mini, sd15) or a folder.")
     ] = "sdxl-mini",
     world: Annotated[list[int] | None, typer.Option(help="Ranks; may be given again. Default: 2.")] = None,
-    strategy: Annotated[list[str] | None, typer.Option(help="May be given again. Default: sync, displaced, naive.")] = None,
+    strategy: Annotated[
+        list[str] | None, typer.Option(help="May be given again. Default: sync, displaced, naive.")
+    ] = None,
     height: Annotated[int, typer.Option(help="Pixels.")] = 1024,
     width: Annotated[int, typer.Option(help="Pixels.")] = 1024,
     batch: Annotated[int, typer.Option(help="Latents per step; 2 is one picture with guidance.")] = 1,
@@ -75,9 +77,20 @@ def table(found: dict[str, Any]) -> Any:
 
     settings = found["bench"]
     size = f"{settings['batch']} x 4 x {settings['height']} x {settings['width']}"
-    title = f"{settings['model']}, latents {size}, {settings['dtype']}, {settings['device']}, medians of {settings['rounds']} rounds"
+    title = f"{settings['model']}, latents {size}, {settings['dtype']}, {settings['device']}"
     grid = Table(title=title)
-    for name in ("case", "ranks", "s/step", "spread", "x one rank", "of linear", "CPU s", "waits s", "messages", "bytes"):
+    for name in (
+        "case",
+        "ranks",
+        "s/step",
+        "spread",
+        "x one rank",
+        "of linear",
+        "CPU s",
+        "waits s",
+        "messages",
+        "bytes",
+    ):
         grid.add_column(name, justify="left" if name == "case" else "right")
     for row in found["cases"]:
         grid.add_row(

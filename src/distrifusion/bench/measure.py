@@ -1,7 +1,8 @@
 """Seconds per step of strategies and worlds, measured side by side in one run.
 
-Each case runs in turn, again and again (``rounds``), so that a noisy machine is noisy for all; what is printed are medians and
-ratios. One thread per rank on CPU. The bare model on one rank, and on one process with all threads, are cases like the others.
+Each case runs in turn, again and again (``rounds``), so that a noisy machine is noisy for all; what is printed are
+medians and ratios. One thread per rank on CPU. The bare model on one rank, and on one process with all threads, are
+cases like the others.
 """
 
 from __future__ import annotations

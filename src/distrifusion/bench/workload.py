@@ -1,4 +1,4 @@
-"""What is timed: a denoiser and the arguments of its call. Random weights do where only the shape of a model matters."""
+"""What is timed: a denoiser and the arguments of its call. Random weights do where only a model's shape matters."""
 
 from __future__ import annotations
 

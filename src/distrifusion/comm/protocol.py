@@ -34,8 +34,8 @@ class Pending(Protocol[T_co]):
 class Comm(Protocol):
     """Ranks 0 .. world-1 of one group. All ranks make the same calls in the same order.
 
-    Every launch takes its tensors as they are at the call; a tensor being sent or received into must be left alone until
-    ``wait``. ``kind`` names the seam for the meter (``"halo"``, ``"moments"``, ``"context"``, ``"chunk"``,
+    Every launch takes its tensors as they are at the call; a tensor being sent or received into must be left alone
+    until ``wait``. ``kind`` names the seam for the meter (``"halo"``, ``"moments"``, ``"context"``, ``"chunk"``,
     ``"output"``, ``"control"``).
     """
 
@@ -48,8 +48,9 @@ class Comm(Protocol):
     def swap(self, sends: Mapping[int, Tensor], recvs: Mapping[int, Tensor], *, kind: str) -> Pending[None]:
         """Send to some peers and receive from some, all at once, in place.
 
-        ``sends[p]`` and the peer's ``recvs[me]`` have the same number of bytes; any dtype; contiguous. Pairs of ranks match
-        their swaps in order. A rank with nothing to say to anyone may skip the call. Counts one message per send.
+        ``sends[p]`` and the peer's ``recvs[me]`` have the same number of bytes; any dtype; contiguous. Pairs of ranks
+        match their swaps in order. A rank with nothing to say to anyone may skip the call. Counts one message per
+        send.
         """
         ...
 

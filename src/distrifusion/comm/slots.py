@@ -1,13 +1,15 @@
 """What the peers said one step ago, by name, and the few messages that carry this step's words to them.
 
-Three phases. While steps are synchronous, ``keep`` stores what arrived under each name, and thereby learns the layout: who
-sends what to whom, in which order. The first displaced step lays the names out in a few *chunks* of about equal weight.
-From then on each name is read (``read``: waits, if need be, for the chunk that left one step ago) and written (``post``) once
-per step; a chunk leaves as soon as its last name is written, and has until its first name is read in the next step.
+Three phases. While steps are synchronous, ``keep`` stores what arrived under each name, and thereby learns the
+layout: who sends what to whom, in which order. The first displaced step lays the names out in a few *chunks* of about
+equal weight. From then on each name is read (``read``: waits, if need be, for the chunk that left one step ago) and
+written (``post``) once per step; a chunk leaves as soon as its last name is written, and has until its first name is
+read in the next step.
 
-Each chunk is one message per neighbour for what only neighbours get, and one all-gather for what all get; with two ranks
-these are the same peer, and one message carries both. Send buffers and received slots are different memory, allocated once
-per picture: one step's bytes each. The cut is computed from sizes that all ranks know, so all ranks cut alike.
+Each chunk is one message per neighbour for what only neighbours get, and one all-gather for what all get; with two
+ranks these are the same peer, and one message carries both. Send buffers and received slots are different memory,
+allocated once per picture: one step's bytes each. The cut is computed from sizes that all ranks know, so all ranks
+cut alike.
 """
 
 from __future__ import annotations
@@ -153,8 +155,8 @@ class Slots:
     ) -> None:
         """Store what a synchronous step received under ``key`` from each peer, and what it sent to each.
 
-        ``links`` and ``weight`` (bytes between all ranks) are the same on all ranks. All ranks keep the same names in the
-        same order, those too that have nothing to say under a name.
+        ``links`` and ``weight`` (bytes between all ranks) are the same on all ranks. All ranks keep the same names in
+        the same order, those too that have nothing to say under a name.
         """
         assert not self._chunks, "names are learned before the first displaced step"
         specs = {peer: _Spec(words.shape, words.dtype) for peer, words in outgoing.items()}
@@ -194,7 +196,7 @@ class Slots:
         """Write this step's words for everyone under ``key``: tensors to stand side by side along their last dim."""
         entry = self._entries[key]
         room = entry.posts[1 - self._comm.rank if self._comm.world == 2 else _ALL]
-        for part, own in zip(room.split([own.shape[-1] for own in words], -1), words, strict=True):
+        for part, own in zip(torch.split(room, [own.shape[-1] for own in words], -1), words, strict=True):
             part.copy_(own)
         self._posted(entry)
 

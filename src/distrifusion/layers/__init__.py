@@ -1,4 +1,4 @@
-"""Layers that compute on a patch: a module of the model plus its seam. They say what they need, never when it is sent."""
+"""Layers that compute on a patch: a module of the model plus its seam. They say what they need, not when it travels."""
 
 from .attention import PatchAttention
 from .base import Frame, FrameHolder, Layer

@@ -12,16 +12,17 @@ from ..errors import UnsupportedModel
 from .base import Frame, FrameHolder, Layer
 
 MaskToTokens = Callable[[Tensor, int, int, int], Tensor]
-"""(mask [B, H, W], batch, tokens, channels) -> [B, tokens, channels]: how IP-Adapter brings a mask to a level's size."""
+"""(mask [B, H, W], batch, tokens, channels) -> [B, tokens, channels]: IP-Adapter's way to a level's size."""
 
 
 class PatchAttention(Layer):
-    """A diffusers ``Attention`` over the image tokens ``[B, tokens, C]`` or ``[B, C, rows, W]`` of a patch, own in, own out.
+    """A diffusers ``Attention`` over the image tokens ``[B, tokens, C]`` or ``[B, C, rows, W]`` of a patch, own in,
+    own out.
 
-    The processor that the user set runs as it is, on a view of the module whose ``to_k`` and ``to_v`` answer for the whole
-    picture. K and V are those of the module at this moment, so a LoRA loaded later counts. Attention does not depend on the
-    order of keys, so the parts are put one after the other by rank, for columns as for rows. Cross-attention to text needs
-    nothing from the peers.
+    The processor that the user set runs as it is, on a view of the module whose ``to_k`` and ``to_v`` answer for the
+    whole picture. K and V are those of the module at this moment, so a LoRA loaded later counts. Attention does not
+    depend on the order of keys, so the parts are put one after the other by rank, for columns as for rows.
+    Cross-attention to text needs nothing from the peers.
     """
 
     def __init__(
@@ -52,7 +53,9 @@ class PatchAttention(Layer):
         frame, attn = self.frame, self.module
         to_image = encoder_hidden_states is None or attn.added_kv_proj_dim is not None
         if to_image and attention_mask is not None:
-            raise UnsupportedModel(f"{self.key}: attention_mask over image tokens is not known in patches; leave it out")
+            raise UnsupportedModel(
+                f"{self.key}: attention_mask over image tokens is not known in patches; leave it out"
+            )
         if not hidden_states.numel():
             return self._without_tokens(frame, hidden_states, to_image)
         if kwargs.get("ip_adapter_masks") is not None:
@@ -79,8 +82,8 @@ class PatchAttention(Layer):
     def _own_masks(self, frame: Frame, masks: Any) -> list[Tensor | None]:
         """Own rows of IP-Adapter's masks ``[1, images, H, W]``, brought to this level's size over the whole picture.
 
-        They are ``[1, images, 1, tokens]``: the processor works the sides out again from their quotient and the number of
-        tokens, which rounding can spoil for a patch; of one row it cannot.
+        They are ``[1, images, 1, tokens]``: the processor works the sides out again from their quotient and the
+        number of tokens, which rounding can spoil for a patch; of one row it cannot.
         """
         assert self._mask_to_tokens is not None, "this model's table does not know IP-Adapter masks"
         split, across = frame.split(self.level), frame.levels.across[self.level]

@@ -52,8 +52,8 @@ class FrameHolder:
 class Layer:
     """A module of the model whose ``forward`` is this object's while the model is parallel.
 
-    The module itself stays where it is, with its weights, hooks and class, so that state dicts, LoRA and everything else
-    that reaches into the model goes on working; ``detach`` leaves no trace.
+    The module itself stays where it is, with its weights, hooks and class, so that state dicts, LoRA and everything
+    else that reaches into the model goes on working; ``detach`` leaves no trace.
     """
 
     def __init__(self, module: nn.Module, key: str, holder: FrameHolder) -> None:
@@ -79,8 +79,8 @@ class Layer:
         """
         if "forward" in self.module.__dict__:
             raise UnsupportedModel(
-                f"{self.key} ({type(self.module).__name__}): another library has replaced its forward (sequential offload, "
-                "layerwise casting ...); take that off, or switch it on after df.parallelize"
+                f"{self.key} ({type(self.module).__name__}): another library has replaced its forward (sequential "
+                "offload, layerwise casting ...); take that off, or switch it on after df.parallelize"
             )
         self.module.forward = self.forward
 
@@ -89,9 +89,7 @@ class Layer:
         self.module.__dict__.pop("forward", None)
 
 
-def with_halo(
-    frame: Frame, key: str, patch: Tensor, inputs: Split, outputs: Split, reader: Reader
-) -> Tensor:
+def with_halo(frame: Frame, key: str, patch: Tensor, inputs: Split, outputs: Split, reader: Reader) -> Tensor:
     """The rows a layer reads to make the output rows it owns: ``patch`` ``[B, C, rows, W]`` with its halo attached.
 
     Zeros stand where the layer reads beyond the picture. The result has no rows where the rank owns no output.
@@ -108,14 +106,16 @@ def with_halo(
     layout = torch.channels_last if _is_channels_last(patch) else torch.contiguous_format
     rows = torch.empty(shape, dtype=patch.dtype, device=patch.device, memory_format=layout)
     lengths = [plan.zeros[0], plan.before, len(plan.own), plan.after, plan.zeros[1]]
-    zeros_before, before, own, after, zeros_after = rows.split(lengths, dim)
+    zeros_before, before, own, after, zeros_after = torch.split(rows, lengths, dim)
     zeros_before.zero_()
     zeros_after.zero_()
     own.copy_(patch.narrow(dim, plan.own.start, len(plan.own)))  # while the halo travels
     received = pending.wait() if pending is not None else {}
     for side, peers in ((before, range(frame.patch)), (after, range(frame.patch + 1, inputs.num_patches))):
         arrived = [(peer, count) for peer, count in plan.recvs if peer in peers]
-        for (peer, _), part in zip(arrived, side.split([count for _, count in arrived], dim) if arrived else (), strict=True):
+        for (peer, _), part in zip(
+            arrived, torch.split(side, [count for _, count in arrived], dim) if arrived else (), strict=True
+        ):
             part.copy_(received[peer])
     return rows
 

@@ -25,11 +25,15 @@ def windows(module: Any, extra: Pads = (0, 0), name: str = "") -> tuple[Window, 
     """
     if isinstance(module, nn.AvgPool2d):
         if module.ceil_mode or module.padding not in (0, (0, 0)):
-            raise UnsupportedModel(f"{name} (AvgPool2d) with padding={module.padding} ceil_mode={module.ceil_mode}: use neither")
+            raise UnsupportedModel(
+                f"{name} (AvgPool2d) with padding={module.padding} ceil_mode={module.ceil_mode}: use neither"
+            )
         kernel, stride = _pair(module.kernel_size), _pair(module.stride)
         return Window(kernel[0], stride[0], extra), Window(kernel[1], stride[1], extra)
     if module.padding_mode != "zeros" and any(_pads(module)[0] + _pads(module)[1]):
-        raise UnsupportedModel(f"{name} (Conv2d) with padding_mode={module.padding_mode!r}: only 'zeros' is known in patches")
+        raise UnsupportedModel(
+            f"{name} (Conv2d) with padding_mode={module.padding_mode!r}: only 'zeros' is known in patches"
+        )
     both = []
     for axis in (0, 1):
         before, after = _pads(module)[axis]
@@ -41,9 +45,9 @@ def windows(module: Any, extra: Pads = (0, 0), name: str = "") -> tuple[Window, 
 class PatchConv(Layer):
     """``nn.Conv2d`` or ``nn.AvgPool2d``: ``[B, C, rows, W]`` -> ``[B, C', rows', W']``, own rows in and out.
 
-    ``level`` and ``level_out`` are the model's levels before and after. With ``reads_whole`` the input is the whole picture,
-    which every rank has (the first convolution): nothing travels. Where the policy lets no patch see its neighbours, the
-    rest of the picture is zeros here too.
+    ``level`` and ``level_out`` are the model's levels before and after. With ``reads_whole`` the input is the whole
+    picture, which every rank has (the first convolution): nothing travels. Where the policy lets no patch see its
+    neighbours, the rest of the picture is zeros here too.
     """
 
     def __init__(

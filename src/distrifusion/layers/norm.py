@@ -31,8 +31,8 @@ class PatchGroupNorm(Layer):
         mean, var = self.frame.exchange.moments(self.key, own)
         if not x.numel():
             return x
-        # Batch norm with given statistics is the affine map wanted here, in one pass and with mixed dtypes: one "channel"
-        # per (sample, channel).
+        # Batch norm with given statistics is the affine map wanted here, in one pass and with mixed dtypes: one
+        # "channel" per (sample, channel).
         width, dtype = channels // module.num_groups, torch.promote_types(x.dtype, torch.float32)
         normed = F.batch_norm(
             x.view(1, batch * channels, *x.shape[2:]),

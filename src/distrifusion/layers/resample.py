@@ -16,8 +16,8 @@ from .base import FrameHolder, Layer, with_halo
 class PatchUpsample(Layer):
     """``Upsample2D``: nearest interpolation to the next finer level, then its convolution (a seam of its own).
 
-    ``[B, C, rows, W]`` -> ``[B, C', rows', W']``. The target size is the finer level's, so the ``output_size`` that the model
-    passes for odd sizes, which it reads off a patch, is not needed. Patches on even rows need no halo here.
+    ``[B, C, rows, W]`` -> ``[B, C', rows', W']``. The target size is the finer level's, so the ``output_size`` that
+    the model passes for odd sizes, which it reads off a patch, is not needed. Patches on even rows need no halo here.
     """
 
     def __init__(self, module: nn.Module, key: str, holder: FrameHolder, *, level: int, level_out: int) -> None:
@@ -72,5 +72,3 @@ class PatchDownsample(Layer):
             hidden_states = module.norm(hidden_states.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
         out: Tensor = module.conv(hidden_states)
         return out
-
-

@@ -70,5 +70,5 @@ def check_latents(probes: list[Tensor]) -> None:
             shown = [", ".join(f"{value:.3f}" for value in values[:3].tolist()) for values in (probes[0], other)]
             raise RanksDisagree(
                 f"latents differ: rank 0 starts with [{shown[0]}, ...], rank {rank} with [{shown[1]}, ...]; give every "
-                "rank the same seed (generator=torch.Generator().manual_seed(0), or torch.manual_seed(0) before the call)"
+                "rank the same seed (generator=torch.Generator().manual_seed(0), or torch.manual_seed(0) before it)"
             )

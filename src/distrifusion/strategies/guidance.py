@@ -30,7 +30,7 @@ class Guidance:
         return self._shares(batch)[self._branch]
 
     def gather(self, own: Tensor, extra: Tensor, batch: int, levels: Levels, dim: int) -> tuple[Tensor, list[Tensor]]:
-        """The whole prediction ``[batch, C, H, W]`` from the own part, and everyone's ``extra`` ``[n]``; one message."""
+        """The whole prediction ``[batch, C, H, W]`` from the own, and everyone's ``extra`` ``[n]``. One message."""
         shares = self._shares(batch)
         split = levels.splits[0]
         alone = shares[0] == shares[-1]  # both branches have computed the same: no need to hear the other

@@ -27,7 +27,8 @@ class Sync:
 
 
 class Displaced:
-    """Displaced patch parallelism (DistriFusion, arXiv 2402.19481): peers' values of the step before, sent in the background.
+    """Displaced patch parallelism (DistriFusion, arXiv 2402.19481): peers' values of the step before, sent in the
+    background.
 
     The first step and ``warmup_steps`` more are synchronous, since early steps change most.
     """

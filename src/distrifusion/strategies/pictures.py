@@ -30,10 +30,10 @@ class Pictures:
     """States by branch. In doubt a call starts anew, since a synchronous step is always right.
 
     A picture starts when the scheduler has new timesteps (``set_timesteps`` makes a new tensor) or when the model
-    changes. Within a picture, calls with the same conditioning, size, batch and dtype are one branch, but two calls with
-    one and the same timestep of the scheduler are two: views of a panorama, say. A bare denoiser has no scheduler: there
-    a new conditioning or size starts a picture, without conditioning a timestep that rises; else its user calls
-    ``reset``.
+    changes. Within a picture, calls with the same conditioning, size, batch and dtype are one branch, but two calls
+    with one and the same timestep of the scheduler are two: views of a panorama, say. A bare denoiser has no
+    scheduler: there a new conditioning or size starts a picture, without conditioning a timestep that rises; else its
+    user calls ``reset``.
     """
 
     def __init__(self, strategy: Strategy, timesteps: Callable[[], Any]) -> None:
