@@ -106,7 +106,9 @@ def group_norm() -> None:
             / counts.sum()
         )
         _, ours = combine([measure(p) for p in patches])
-        print(f"| {offset:g} | " + " | ".join(f"{relative(found, truth):.1e}" for found in (ours, naive, unbiased)))
+        print(
+            f"| {offset:g} | " + " | ".join(f"{relative(found, truth):.1e}" for found in (ours, naive, unbiased)) + " |"
+        )
     print("\nThe correction about the own mean, then the formula as printed, against float64; mean / deviation 30:")
     before = [torch.randn(32, 640) + 30 for _ in range(3)]
     now = before[0] + 0.1 * torch.randn(32, 640) + 0.05

@@ -11,9 +11,9 @@ from typing import Any
 
 import diffusers
 import numpy as np
+import pytest
 import torch
 from diffusers import UNet2DConditionModel, UNet2DModel
-from models import POOLED_DIM, SHAPES, TEXT_DIM, distance
 from PIL import Image
 from torch import Tensor
 from transformers import (
@@ -26,6 +26,12 @@ from transformers import (
 )
 
 import distrifusion as df
+from models import POOLED_DIM, SHAPES, TEXT_DIM, distance
+
+NUMPY_WARNINGS = [  # of diffusers' schedulers under numpy 2.4
+    pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning"),
+    pytest.mark.filterwarnings("ignore:__array_wrap__ must accept:DeprecationWarning"),
+]
 
 # See test_unet_exact.py: float32 sums in another order, over a few steps and a scheduler.
 EXACT = 1e-5

@@ -1,4 +1,4 @@
-"""What is added to a U-Net from outside: T2I-Adapter's features, IP-Adapter's attention, perturbed attention guidance."""
+"""What is added to a U-Net: T2I-Adapter's features, IP-Adapter's attention, perturbed attention guidance."""
 
 from __future__ import annotations
 
@@ -8,12 +8,16 @@ import diffusers
 import pytest
 import torch
 from diffusers.image_processor import IPAdapterMaskProcessor
+from torch import Tensor
+
+import distrifusion as df
 from models import build, distance
 from pipelines import (
     ALWAYS_WARM,
     CFG,
     COLS,
     IMAGE_DIM,
+    NUMPY_WARNINGS,
     SYNC,
     adapter_weights,
     check,
@@ -27,12 +31,8 @@ from pipelines import (
     sdxl,
     vision,
 )
-from torch import Tensor
 
-import distrifusion as df
-
-# diffusers' schedulers under numpy 2.4
-pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")
+pytestmark = NUMPY_WARNINGS
 
 
 def t2i(seed: int = 0, **more: Any) -> Any:
@@ -226,5 +226,5 @@ def test_perturbed_attention_guidance_shares_a_batch() -> None:
     def rank(comm: Any) -> None:
         pag(df.parallelize(with_pag(), CFG, comm))
 
-    with pytest.raises(df.ConfigError, match="cfg=2 does not work with PAG.*use cfg=1"):
+    with pytest.raises(df.ConfigError, match=r"cfg=2 does not work with PAG.*use cfg=1"):
         df.run_ranks(2, rank)

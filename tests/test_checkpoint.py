@@ -13,7 +13,8 @@ import pytest
 from distrifusion import ConfigError, ParallelConfig
 from distrifusion import engine as engine_module
 from distrifusion.checkpoint import find
-from distrifusion.engine import Engine, check_size, dtype_name, make_request, num_workers
+from distrifusion.choices import check_size, dtype_name, make_request, num_workers
+from distrifusion.engine import Engine
 from distrifusion.mesh import Mesh
 from tiny_pipeline import save_tiny_pipeline
 

@@ -8,6 +8,11 @@ import diffusers
 import pytest
 import torch
 from diffusers.models.controlnets.multicontrolnet import MultiControlNetModel
+from torch import Tensor
+
+import distrifusion as df
+from distrifusion.geometry import Span, Window
+from distrifusion.layers.stem import out_size, reads
 from models import distance
 from pipelines import (
     ALWAYS_WARM,
@@ -15,6 +20,7 @@ from pipelines import (
     COLS,
     DISPLACED,
     EXACT,
+    NUMPY_WARNINGS,
     SYNC,
     check,
     controlnet,
@@ -26,14 +32,8 @@ from pipelines import (
     sdxl,
     unet,
 )
-from torch import Tensor
 
-import distrifusion as df
-from distrifusion.geometry import Span, Window
-from distrifusion.layers.stem import out_size, reads
-
-# diffusers' schedulers under numpy 2.4
-pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")
+pytestmark = NUMPY_WARNINGS
 
 
 def one(**more: Any) -> Any:

@@ -21,7 +21,8 @@ from diffusers import StableDiffusionPipeline
 import distrifusion as df
 from distrifusion import workers
 from distrifusion.engine import Engine
-from distrifusion.worker import Failure, Painter, Request, Setup
+from distrifusion.painter import Painter, Request, Setup
+from distrifusion.worker import Failure
 from tiny_pipeline import save_tiny_pipeline
 
 SYNC = df.ParallelConfig(strategy="sync")

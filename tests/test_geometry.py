@@ -1,4 +1,4 @@
-"""Who owns which rows and who borrows which: checked by reading every row through the plan, for every shape of layer."""
+"""Who owns which rows and who borrows which: checked by reading every row through the plan, for all kinds of layers."""
 
 import itertools
 

@@ -10,15 +10,19 @@ import diffusers
 import pytest
 import torch
 from diffusers.utils import convert_state_dict_to_diffusers
-from models import distance
 from peft import LoraConfig
 from peft.utils import get_peft_model_state_dict
+from torch import Tensor
+
+import distrifusion as df
+from models import distance
 from pipelines import (
     ALWAYS_WARM,
     CFG,
     COLS,
     DISPLACED,
     EXACT,
+    NUMPY_WARNINGS,
     SYNC,
     check,
     controlnet,
@@ -29,12 +33,9 @@ from pipelines import (
     sdxl,
     unet,
 )
-from torch import Tensor
-
-import distrifusion as df
 
 pytestmark = [
-    pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning"),  # diffusers under numpy 2.4
+    *NUMPY_WARNINGS,
     pytest.mark.filterwarnings("ignore:Already found a `peft_config`:UserWarning"),  # two adapters
     pytest.mark.filterwarnings("ignore:Already unmerged:UserWarning"),  # layers whose only adapter was deleted
     pytest.mark.filterwarnings("ignore:While injecting the PEFT adapters:RuntimeWarning"),  # not all layers match

@@ -8,6 +8,9 @@ from typing import Any
 import diffusers
 import pytest
 import torch
+from torch import Tensor
+
+import distrifusion as df
 from models import distance
 from pipelines import (
     ALWAYS_WARM,
@@ -15,6 +18,7 @@ from pipelines import (
     COLS,
     DISPLACED,
     EXACT,
+    NUMPY_WARNINGS,
     SYNC,
     check,
     half_mask,
@@ -25,12 +29,8 @@ from pipelines import (
     sdxl,
     unet,
 )
-from torch import Tensor
 
-import distrifusion as df
-
-# diffusers' schedulers under numpy 2.4
-pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")
+pytestmark = NUMPY_WARNINGS
 
 
 def refined(pipe: Any) -> Tensor:
@@ -264,13 +264,17 @@ def test_a_swapped_unet_is_no_longer_parallel_and_says_so() -> None:
     df.run_ranks(2, rank)
 
 
-def test_other_seeds_and_other_sizes_on_a_rank_are_an_error_that_names_both() -> None:
+def test_other_seeds_prompts_and_sizes_on_a_rank_are_an_error_that_names_both() -> None:
     def rank(comm: Any, **changes: Any) -> None:
         sample(df.parallelize(sd(), SYNC, comm), **{name: values[comm.rank] for name, values in changes.items()})
 
     with pytest.raises(df.RanksDisagree, match="seed"):
         df.run_ranks(2, lambda comm: rank(comm, seed=[0, 1]))
-    with pytest.raises(df.RanksDisagree, match="16 x 16.*18 x 16"):
+    with pytest.raises(df.RanksDisagree, match=r"16 x 16.*18 x 16"):
         df.run_ranks(2, lambda comm: rank(comm, height=[64, 72]))
+    with pytest.raises(df.RanksDisagree, match=r"conditions differ.*prompt"):
+        df.run_ranks(2, lambda comm: rank(comm, prompt=["a hill", "a lake"]))
+    with pytest.raises(df.RanksDisagree, match="batch differs: rank 0 has 2, rank 1 has 4"):
+        df.run_ranks(2, lambda comm: rank(comm, num_images_per_prompt=[1, 2]))
     with pytest.raises(df.RanksDisagree, match="configuration"):
         df.run_ranks(2, lambda comm: sample(df.parallelize(sd(), (SYNC, DISPLACED)[comm.rank], comm)))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import os
 import sys
@@ -13,6 +12,7 @@ from typing import Annotated, Any
 import typer
 
 from . import __version__
+from .bench import bench
 from .config import ParallelConfig
 from .errors import ConfigError, RanksDisagree, UnsupportedModel
 
@@ -137,18 +137,7 @@ def models(
     Console().print(table)
 
 
-if importlib.util.find_spec("distrifusion.bench") is not None:
-
-    @app.command(
-        context_settings={"allow_extra_args": True, "ignore_unknown_options": True, "help_option_names": []},
-        help="Measure the strategies against one rank.",
-    )
-    def bench(ctx: typer.Context) -> None:
-        """Hand the rest of the line to ``bench.app``, which has its own ``--help``."""
-        from .bench import app as bench_app
-
-        code = typer.main.get_command(bench_app).main(ctx.args, "distrifusion bench", standalone_mode=False)
-        raise typer.Exit(code if isinstance(code, int) else 0)
+app.command()(bench)
 
 
 def run(arguments: list[str] | None = None) -> int:

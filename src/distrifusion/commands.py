@@ -11,12 +11,13 @@ from pathlib import Path
 from typing import Any
 
 from . import checkpoint
+from .choices import check_device, check_size, dtype_name, make_request, num_workers
 from .config import ParallelConfig
-from .engine import Engine, check_device, check_size, dtype_name, make_request, num_workers
+from .engine import Engine
 from .errors import ConfigError, DistrifusionError
 from .mesh import Mesh
 from .metrics import Report
-from .worker import OnStep, Request, Setup
+from .painter import OnStep, Request, Setup
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,8 @@ from threading import Thread
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from .errors import ConfigError, DistrifusionError, PeerLost, RanksDisagree
-from .worker import Failure, OnStep, Painted, Painter, Request, Setup
+from .painter import OnStep, Painted, Painter, Request, Setup
+from .worker import Failure
 
 if TYPE_CHECKING:
     from .comm import Comm

@@ -56,8 +56,7 @@ def parallelize(target: T, config: ParallelConfig | None = None, comm: Comm | No
     if comm is None or comm.world == 1:
         Mesh.fit(config, 1)
         return target
-    # Before anything that ranks with other configurations would do in another order.
-    agree(comm, {"configuration": str(config), "denoiser": ", ".join(type(model).__name__ for model in models)})
+    agree(comm, {"configuration": str(config)})  # before ranks act on other ones in another order
     mesh = Mesh.fit(config, comm.world)
     guidance = Guidance(mesh, comm)
     timesteps = _timesteps_of(target)
@@ -66,6 +65,8 @@ def parallelize(target: T, config: ParallelConfig | None = None, comm: Comm | No
             nets = [] if model is target else _controlnets(target)
             tables = [(net, controlnet_table(net, model)) for net in nets]
             notes = [f"{type(net).__name__} runs whole on every rank" for net, table in tables if table is None]
+            if _is_compiled(target, model):
+                notes.append("torch.compile does nothing while parallel")
             feeders: list[ParallelDenoiser] = []
             for net, table in tables:
                 if table is not None:
@@ -153,6 +154,13 @@ def _controlnets(target: Any) -> list[Any]:
     controlnet = _unwrapped(controlnet)
     nets = [_unwrapped(net) for net in getattr(controlnet, "nets", None) or [controlnet]]
     return list({id(net): net for net in nets}.values())
+
+
+def _is_compiled(target: Any, model: nn.Module) -> bool:
+    candidates = [target, *(getattr(target, name, None) for name in DENOISERS)]
+    return model._compiled_call_impl is not None or any(
+        getattr(candidate, "_orig_mod", None) is model for candidate in candidates
+    )
 
 
 def _unwrapped(model: nn.Module) -> nn.Module:

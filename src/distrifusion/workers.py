@@ -15,7 +15,8 @@ from typing import Any
 
 from .errors import PeerLost
 from .launch import Group
-from .worker import Failure, OnStep, Setup, WorkerTrace
+from .painter import OnStep, Setup
+from .worker import Failure, WorkerTrace
 
 GRACE = 5.0  # seconds the other ranks get to answer once one has failed; then the group is given up
 EXIT = 8.0  # seconds the workers get to leave when told to

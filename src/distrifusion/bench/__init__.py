@@ -1,5 +1,5 @@
 """``distrifusion bench``: seconds per step of strategies and worlds, side by side in one run."""
 
-from .command import app
+from .command import bench
 
-__all__ = ["app"]
+__all__ = ["bench"]

@@ -8,10 +8,7 @@ from typing import Annotated, Any
 
 import typer
 
-app = typer.Typer(add_completion=False)
 
-
-@app.command()
 def bench(
     model: Annotated[
         str, typer.Option(help="A shape with random weights (sdxl, sdxl-mini, sd15) or a folder.")
@@ -47,7 +44,8 @@ def bench(
         task = progress.add_task("measuring", total=None)
         found = run(plan, lambda done, total: progress.update(task, completed=done, total=total))
     if not only_json:
-        Console().print(table(found))
+        out = Console()
+        out.print(table(found), width=max(out.width, 120))
     typer.echo(json.dumps(found))
 
 

@@ -23,7 +23,7 @@ from ..comm import Comm
 from ..config import ParallelConfig, StrategyName
 from ..errors import ConfigError, DistrifusionError
 from ..pipeline import parallelize, report, restore
-from .workload import Workload, load
+from .workload import Workload, check_name, load
 
 WAIT = 1800.0  # seconds that ranks without a part in a case wait for the others
 
@@ -192,6 +192,7 @@ def run(plan: Plan, on_progress: Callable[[int, int], None] = lambda done, total
     """
     from ..launch import Group
 
+    check_name(plan.model)
     if plan.device == "cpu" and plan.world > (os.cpu_count() or 1) * 8:
         raise ConfigError(f"{plan.world} ranks are too many for {os.cpu_count()} CPUs; at most 8 per CPU")
     with tempfile.TemporaryDirectory(prefix="distrifusion-bench-") as folder:

@@ -74,6 +74,16 @@ class Workload:
         return (first + 0.01 * drift).to(self.device, self.dtype)
 
 
+def check_name(name: str) -> None:
+    """Refuse what `load` cannot load.
+
+    Raises:
+        ConfigError: neither a shape nor a folder with a ``unet``; lists the shapes.
+    """
+    if name not in SHAPES and not (Path(name) / "unet" / "config.json").is_file():
+        raise ConfigError(f"model {name!r} is neither a folder with a unet nor one of the shapes {', '.join(SHAPES)}")
+
+
 def load(
     name: str, height: int, width: int, batch: int = 1, dtype: torch.dtype = torch.float32, device: str = "cpu"
 ) -> Workload:
@@ -84,13 +94,12 @@ def load(
     """
     from diffusers import UNet2DConditionModel
 
+    check_name(name)
     torch.manual_seed(0)
     if name in SHAPES:
         model = UNet2DConditionModel(**SHAPES[name])
-    elif (Path(name) / "unet" / "config.json").is_file():
-        model = UNet2DConditionModel.from_pretrained(name, subfolder="unet", torch_dtype=dtype)
     else:
-        raise ConfigError(f"model {name!r} is neither a folder with a unet nor one of the shapes {', '.join(SHAPES)}")
+        model = UNet2DConditionModel.from_pretrained(name, subfolder="unet", torch_dtype=dtype)
     model = model.eval().requires_grad_(False).to(device=device, dtype=dtype)
     config: Any = model.config
     generator = torch.Generator().manual_seed(0)

@@ -43,34 +43,66 @@ def is_known(model: Any) -> bool:
     return True
 
 
+_MODULES = (
+    "sync equals one device (relative L2 <= 1e-5, float32) at worlds 2, 3, 4, 5, 7, rows and columns, batch 1 to 3, \
+odd sizes; displaced with a held input equals sync: tests/test_unet_exact.py"
+)
+
+
 def supported() -> list[dict[str, Any]]:
-    """One entry per class of denoiser: ``class``, ``models``, ``strategies``, ``features`` and ``checked``."""
-    checked = (
-        "sync equals one device (relative L2 <= 1e-5, float32), worlds 2 3 4 5 7, rows and columns, batch 1 and 3, "
-        "odd sizes; displaced with held input equals sync; tests/test_unet_exact.py, tests/test_pipelines.py"
-    )
+    """One entry per class of denoiser: ``class``, ``models``, ``strategies``, ``features`` and ``checked``.
+
+    ``checked`` says what was compared with what, and the tests that do it: models of these shapes a few channels wide,
+    with random weights, on ranks that are threads.
+    """
     return [
         {
             "class": "UNet2DConditionModel",
-            "models": ["Stable Diffusion 1.x", "Stable Diffusion 2.x", "SDXL base", "SDXL refiner"],
+            "models": [
+                "Stable Diffusion 1.x",
+                "Stable Diffusion 2.x",
+                "SDXL base",
+                "SDXL refiner",
+                "x4 upscaler",
+                "LCM",
+                "DeepFloyd IF",
+            ],
             "strategies": list(BUILT),
             "features": [
                 "cfg=2",
-                "ControlNet",
+                "text-to-image, image-to-image, inpainting (4 and 9 channels), InstructPix2Pix",
+                "ControlNet in patches",
                 "T2I-Adapter",
-                "IP-Adapter (masks too)",
-                "LoRA",
-                "image-to-image",
-                "inpainting",
-                "PAG",
+                "IP-Adapter (several, with masks, loaded before or after)",
+                "LoRA (linear and convolution, loaded before or after)",
+                "PAG (not with cfg=2)",
+                "every scheduler of the pipeline",
+                "callbacks, batches, sizes that change from call to call",
             ],
-            "checked": checked,
+            "checked": f"{_MODULES}; final latents of whole pipelines, sync and displaced in warm-up, worlds 2 and 3, "
+            "cfg=2 at 2, 4 and 6: tests/test_pipelines.py, tests/test_adapters.py, tests/test_lora.py, "
+            "tests/test_schedulers.py; what is refused: tests/test_unsupported.py",
         },
         {
             "class": "UNet2DModel",
             "models": ["DDPM", "DDIM (unconditional)"],
             "strategies": list(BUILT),
             "features": ["class labels", "attention with group norm inside"],
-            "checked": checked,
+            "checked": f"{_MODULES}; DDPM and DDIM pipelines, worlds 2 and 3: tests/test_pipelines.py",
+        },
+        {
+            "class": "ControlNetModel",
+            "models": ["ControlNet for Stable Diffusion and SDXL, one or several, with the pipeline of their U-Net"],
+            "strategies": list(BUILT),
+            "features": [
+                "cfg=2",
+                "guess_mode",
+                "global_pool_conditions",
+                "LoRA",
+                "other kinds run whole on every rank",
+            ],
+            "checked": "final latents of whole pipelines equal one device (relative L2 <= 1e-5, float32), sync and "
+            "displaced in warm-up, worlds 2, 3 and 5, cfg=2 at 2, 4 and 6; displaced with a held input equals sync; at "
+            "most 7 messages per displaced step beside the U-Net's 8: tests/test_controlnet.py",
         },
     ]

@@ -112,10 +112,10 @@ def _group_norm(walk: Walk, module: nn.Module, name: str, place: Place) -> Itera
 
 
 def _attention(walk: Walk, module: Any, name: str, place: Place) -> Iterator[Layer]:
-    if module.fused_projections:
-        raise unsupported(module, name, "has fused projections; call unfuse_qkv_projections() first")
-    if type(module.processor) not in PROCESSORS:
-        raise unsupported(module, name, f"has the processor {type(module.processor).__name__}, which is not known")
+    processor = type(module.processor)
+    if processor not in PROCESSORS:
+        advice = "; call unfuse_qkv_projections()" if processor.__name__.startswith("Fused") else ""
+        raise unsupported(module, name, f"has the processor {processor.__name__}, which is not known{advice}")
     if module.spatial_norm is not None:
         raise unsupported(module.spatial_norm, f"{name}.spatial_norm")
     yield PatchAttention(module, name, walk.holder, level=place.level, mask_to_tokens=IPAdapterMaskProcessor.downsample)

@@ -16,8 +16,10 @@ NUM_PROBES = 64
 TOLERANCE = 0.1  # of the mean magnitude: devices of different makes round differently, other seeds differ by over 1
 
 
-def check_call(comm: Comm, call: Call, config: ParallelConfig) -> None:
-    """Compare size, batch, dtype and configuration of all ranks. Blocks; once per picture.
+def check_call(comm: Comm, call: Call, config: ParallelConfig, conditioning: Any = None) -> None:
+    """Compare size, batch, dtype, configuration and conditioning of all ranks. Blocks; once per picture and branch.
+
+    ``conditioning``: the text, the class, the condition image; a tensor, a tuple of them or None.
 
     Raises:
         RanksDisagree: names what differs, and two values with their ranks.
@@ -30,7 +32,12 @@ def check_call(comm: Comm, call: Call, config: ParallelConfig) -> None:
         "dtype": str(call.sample.dtype).removeprefix("torch."),
         "configuration": str(config),
     }
-    agree(comm, facts)
+    given = conditioning if isinstance(conditioning, tuple) else (conditioning,)
+    probes = [probe(tensor).tolist() for tensor in given if isinstance(tensor, Tensor)]
+    agree(comm, {**facts, "number of conditions": len(probes)})
+    everyone = comm.all_gather_object(probes)
+    for i in range(len(probes)):
+        _close("conditions", [torch.tensor(theirs[i]) for theirs in everyone], "the same prompt (and condition image)")
 
 
 def agree(comm: Comm, facts: dict[str, Any]) -> None:
@@ -50,7 +57,7 @@ def agree(comm: Comm, facts: dict[str, Any]) -> None:
 
 
 def probe(sample: Tensor) -> Tensor:
-    """Some of the latents ``[64 or fewer]``, spread over the whole, that travel with the prediction for comparison."""
+    """Some of the values ``[64 or fewer]``, spread over the whole, for comparison between ranks."""
     flat = sample.reshape(-1)
     return flat[:: max(flat.numel() // NUM_PROBES, 1)][:NUM_PROBES]
 
@@ -61,14 +68,21 @@ def check_latents(probes: list[Tensor]) -> None:
     Raises:
         RanksDisagree: two ranks have different latents, so they drew different noise.
     """
-    if probes[0].device.type != "cpu":
-        return
+    if probes[0].device.type == "cpu":
+        advice = "the same seed (generator=torch.Generator().manual_seed(0), or torch.manual_seed(0) before the call)"
+        _close("latents", probes, advice)
+
+
+def _close(name: str, probes: list[Tensor], advice: str) -> None:
     first = probes[0].float()
     for rank, other in enumerate(probes[1:], 1):
-        difference = (first - other.float()).abs().mean()
-        if not difference <= TOLERANCE * first.abs().mean() and torch.isfinite(difference):
-            shown = [", ".join(f"{value:.3f}" for value in values[:3].tolist()) for values in (probes[0], other)]
+        is_other = first.shape != other.shape
+        if not is_other:
+            difference = (first - other.float()).abs().mean()
+            is_other = bool(torch.isfinite(difference) and not difference <= TOLERANCE * first.abs().mean())
+        if is_other:
+            shown = [", ".join(f"{value:.3f}" for value in values[:3].tolist()) for values in (first, other)]
             raise RanksDisagree(
-                f"latents differ: rank 0 starts with [{shown[0]}, ...], rank {rank} with [{shown[1]}, ...]; give every "
-                "rank the same seed (generator=torch.Generator().manual_seed(0), or torch.manual_seed(0) before it)"
+                f"{name} differ: rank 0 starts with [{shown[0]}, ...], rank {rank} with [{shown[1]}, ...]; "
+                f"give every rank {advice}"
             )

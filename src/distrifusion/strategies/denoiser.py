@@ -76,9 +76,10 @@ class ParallelDenoiser:
         def forward(*args: Any, **kwargs: Any) -> Any:
             return self._forward(*args, **kwargs)
 
-        self._outer = forward
+        # Collectives and clocks are not for a compiler, which would make crumbs of what is between them.
+        self._outer: Callable[..., Any] = torch.compiler.disable(forward)  # type: ignore[no-untyped-call]
         self._is_detached = False
-        self.model.forward = forward
+        self.model.forward = self._outer
 
     @property
     def model(self) -> nn.Module:
@@ -149,11 +150,12 @@ class ParallelDenoiser:
         started = perf_counter()
         counted = self._comm.meter.totals()
         fingerprint = self._table.fingerprint()
-        state, is_new_picture = self._pictures.state(call, self._table.conditioning(call), fingerprint)
+        conditioning = self._table.conditioning(call)
+        state, is_new_picture = self._pictures.state(call, conditioning, fingerprint)
         if is_new_picture:
             self.report = self._new_report()
         if state.step == 0:
-            check_call(self._comm, call, self._config)
+            check_call(self._comm, call, self._config, conditioning)
             self._attach_layers()
         dim = 2 if self._config.split == "rows" else 3
         num_patches = self._mesh.size("patch")

@@ -1,0 +1,111 @@
+"""What the user chose, checked and completed before a process starts."""
+
+from __future__ import annotations
+
+import pickle
+import secrets
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+from .checkpoint import Checkpoint
+from .config import ParallelConfig
+from .errors import ConfigError
+from .geometry import Split
+from .mesh import Mesh
+from .painter import Request
+
+if TYPE_CHECKING:
+    import torch
+
+DEVICES = ("cpu", "cuda", "xpu")
+DTYPES = {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32"}
+
+
+def check_device(device: str) -> None:
+    """Whether ``device`` is a kind of device.
+
+    Raises:
+        ConfigError: it is not.
+    """
+    if device not in DEVICES:
+        raise ConfigError(
+            f"device={device!r} must be one of {', '.join(map(repr, DEVICES))}: the rank picks its number"
+        )
+
+
+def check_size(found: Checkpoint, config: ParallelConfig, mesh: Mesh, height: int | None, width: int | None) -> None:
+    """Whether a picture of this size (None: the model's own) can be spread over ``mesh``.
+
+    Raises:
+        ConfigError: a size the VAE cannot take, or fewer rows of latent than ranks; says what would fit.
+    """
+    size = found.latent_size(height, width)
+    if size is not None:
+        Split.even(size[0] if config.split == "rows" else size[1], mesh.size("patch"))
+
+
+def num_workers(config: ParallelConfig, nproc: int | None, device: str) -> int:
+    """The number of workers, see `Engine`.
+
+    Raises:
+        ConfigError: no whole number, or more than there are devices.
+    """
+    if nproc is not None and (isinstance(nproc, bool) or not isinstance(nproc, int) or nproc < 1):
+        raise ConfigError(f"nproc={nproc!r} must be a whole number of at least 1")
+    least = config.cfg * (config.patch or 1)
+    if device == "cpu":
+        return nproc if nproc is not None else least
+    import torch
+
+    num_devices: int = getattr(torch, device).device_count()
+    wanted = nproc or (least if config.patch is not None else max(num_devices // least, 1) * least)
+    if num_devices < wanted:
+        raise ConfigError(
+            f"{wanted} workers need as many {device} devices, and this machine has {num_devices}: take fewer, "
+            "or device='cpu'"
+        )
+    return wanted
+
+
+def dtype_name(dtype: str | torch.dtype | None, device: str, found: Checkpoint) -> str | None:
+    """torch's name of ``dtype``, see `Engine`.
+
+    Raises:
+        ConfigError: an unknown name.
+    """
+    if dtype is None:
+        return "float32" if device == "cpu" else found.dtype
+    name = str(dtype).removeprefix("torch.")
+    name = DTYPES.get(name, name)
+    if name not in DTYPES.values():
+        raise ConfigError(f"dtype={str(dtype)!r} must be one of {', '.join(map(repr, DTYPES))}")
+    return name
+
+
+def make_request(
+    seed: int | None, arguments: Mapping[str, Any], default_size: tuple[int, int] | None = None
+) -> Request:
+    """The request with a seed for sure, and without the arguments that are None.
+
+    Where only one of height and width is given, the other comes from ``default_size``: SD's pipelines would drop the
+    given one.
+
+    Raises:
+        ConfigError: a seed or number of steps that cannot be, or an argument that cannot travel.
+    """
+    if seed is None:
+        seed = secrets.randbits(32)
+    if isinstance(seed, bool) or not isinstance(seed, int) or not 0 <= seed < 2**63:
+        raise ConfigError(f"seed={seed!r} must be a whole number from 0 to 2**63 - 1")
+    for name in ("num_inference_steps", "num_images_per_prompt"):
+        value = arguments.get(name)
+        if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < 1):
+            raise ConfigError(f"{name.replace('num_inference_', '')}={value!r} must be a whole number of at least 1")
+    given = {name: value for name, value in arguments.items() if value is not None}
+    if default_size is not None and ("height" in given) != ("width" in given):
+        given = {"height": default_size[0], "width": default_size[1], **given}
+    try:
+        pickle.dumps(given)
+    except Exception as error:  # pickle raises what the objects raise
+        raise ConfigError(f"an argument cannot travel to the workers: {error}") from error
+    return Request(seed, given)
