@@ -13,7 +13,7 @@ def bench(
     model: Annotated[
         str, typer.Option(help="A shape with random weights (sdxl, sdxl-mini, sd15) or a folder.")
     ] = "sdxl-mini",
-    world: Annotated[list[int] | None, typer.Option(help="Ranks; may be given again. Default: 2.")] = None,
+    world: Annotated[list[int] | None, typer.Option(help="Ranks; may be given again. Default: 1 and 2.")] = None,
     strategy: Annotated[
         list[str] | None, typer.Option(help="May be given again. Default: sync, displaced, naive.")
     ] = None,
@@ -30,11 +30,15 @@ def bench(
     from rich.console import Console
     from rich.progress import Progress
 
+    from ..choices import check_device
     from ..config import ParallelConfig
     from .measure import Plan, cases_for, run
+    from .workload import check_name
 
-    worlds, strategies = world or [2], strategy or ["sync", "displaced", "naive"]
+    worlds, strategies = world or [1, 2], strategy or ["sync", "displaced", "naive"]
     configs = [ParallelConfig(strategy=name) for name in strategies]  # type: ignore[arg-type]
+    check_name(model)
+    check_device(device)
     check(worlds, rounds, steps, batch, height, width, dtype)
     threads = os.cpu_count() or 1 if device == "cpu" else 1
     cases = cases_for([config.strategy for config in configs], sorted(set(worlds)), threads)

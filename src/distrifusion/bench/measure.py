@@ -89,10 +89,10 @@ class Timing:
 
 
 def cases_for(strategies: Sequence[StrategyName], worlds: Sequence[int], threads: int) -> tuple[Case, ...]:
-    """The bare model on one thread and on ``threads``, then every strategy on every world that is not one."""
+    """The bare model on one thread and on ``threads``, then every strategy on every world; one rank is one case."""
     cases = [Case(None)] + ([Case(None, threads=threads)] if threads > 1 else [])
     for world in worlds:
-        cases += [Case(strategy, world) for strategy in strategies]
+        cases += [Case(strategy, world) for strategy in (strategies if world > 1 else strategies[:1])]
     return tuple(cases)
 
 
