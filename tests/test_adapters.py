@@ -29,6 +29,7 @@ from pipelines import (
     sample,
     sd,
     sdxl,
+    unet,
     vision,
 )
 
@@ -75,6 +76,18 @@ def test_several_t2i_adapters() -> None:
     check(
         with_two,
         lambda pipe: sample(pipe, image=[picture(1), picture(2)], adapter_conditioning_scale=[0.7, 0.3]),
+        worlds=(3,),
+    )
+
+
+@pytest.mark.filterwarnings("ignore:Passing intrablock residual connections:FutureWarning")
+def test_features_passed_the_old_way() -> None:
+    generator = torch.Generator().manual_seed(0)
+    x, text = torch.randn(1, 4, 16, 16, generator=generator), torch.randn(1, 9, 12, generator=generator)
+    features = [torch.randn(1, width, size, size, generator=generator) for width, size in ((8, 16), (16, 8))]
+    check(
+        lambda: unet("sd"),
+        lambda model: model(x, 5, text, down_block_additional_residuals=list(features)).sample,
         worlds=(3,),
     )
 

@@ -132,8 +132,14 @@ def test_pooled_conditions() -> None:
 
 def test_pooled_conditions_of_a_naive_patch_are_its_own() -> None:
     naive = df.ParallelConfig(strategy="naive")
-    for result in df.run_ranks(3, lambda comm: controlled(df.parallelize(one(pools=True), naive, comm))):
+
+    def rank(comm: Any) -> tuple[Tensor, list[int]]:
+        pipe = df.parallelize(one(pools=True), naive, comm)
+        return controlled(pipe, image=picture(height=16)), df.report(pipe).messages  # some without rows below
+
+    for result, messages in df.run_ranks(4, rank):
         assert result.isfinite().all()
+        assert messages == [1, 1, 1]  # the output
 
 
 @pytest.mark.parametrize("world", [2, 4, 6])
@@ -238,10 +244,10 @@ def test_nothing_is_gathered_between_controlnet_and_unet() -> None:
         pipe = df.parallelize(one(), SYNC, comm)
         net = pipe.controlnet
         down, mid = net(
-            torch.randn(1, 4, 18, 14),
+            torch.ones(1, 4, 18, 14),
             torch.tensor(1),
-            torch.randn(1, 9, 12),
-            torch.rand(1, 3, 72, 56),
+            torch.ones(1, 9, 12),
+            torch.ones(1, 3, 72, 56),
             return_dict=False,
         )
         seen[comm.rank] = [tuple(part.shape[2:]) for part in (*down, mid)]
@@ -342,6 +348,27 @@ def test_a_controlnet_without_a_table_runs_whole_and_is_named() -> None:
     assert df.run_ranks(2, rank) == [["Traced runs whole on every rank"]] * 2
 
 
+def test_beside_one_without_a_table_all_run_whole() -> None:
+    """Their outputs are added up, and a patch and a whole cannot be."""
+
+    class Traced(diffusers.ControlNetModel):
+        pass
+
+    def mixed() -> Any:
+        nets = [controlnet(seed=3), controlnet(seed=4)]
+        nets[1].__class__ = Traced
+        return sd(diffusers.StableDiffusionControlNetPipeline, controlnet=MultiControlNetModel(nets))
+
+    def rank(comm: Any) -> list[str]:
+        pipe = df.parallelize(mixed(), SYNC, comm)
+        doubly(pipe)
+        return df.report(pipe).notes
+
+    check(mixed, doubly, worlds=(2,))
+    notes = ["ControlNetModel runs whole on every rank", "Traced runs whole on every rank"]
+    assert df.run_ranks(2, rank) == [notes] * 2
+
+
 def test_an_unknown_module_in_a_controlnet_is_named_and_nothing_stays_changed() -> None:
     class Blur(torch.nn.Module):
         def forward(self, x: Tensor) -> Tensor:
@@ -362,7 +389,7 @@ def test_an_unknown_module_in_a_controlnet_is_named_and_nothing_stays_changed() 
 def test_a_condition_of_the_wrong_size_is_named() -> None:
     def rank(comm: Any) -> None:
         pipe = df.parallelize(one(), SYNC, comm)
-        pipe.controlnet(torch.randn(1, 4, 16, 16), torch.tensor(1), torch.randn(1, 9, 12), torch.rand(1, 3, 32, 64))
+        pipe.controlnet(torch.ones(1, 4, 16, 16), torch.tensor(1), torch.ones(1, 9, 12), torch.ones(1, 3, 32, 64))
 
     with pytest.raises(df.ConfigError, match="makes 8 x 16 of its picture and the latent is 16 x 16"):
         df.run_ranks(2, rank)
@@ -373,13 +400,13 @@ def test_a_residual_that_fits_nothing_is_named() -> None:
 
     def rank(comm: Any) -> None:
         pipe = df.parallelize(sd(), SYNC, comm)
-        down = [torch.randn(1, channels, 8, 16) for channels in (8, 8)]
+        down = [torch.ones(1, channels, 8, 16) for channels in (8, 8)]
         pipe.unet(
-            torch.randn(1, 4, 16, 16),
+            torch.ones(1, 4, 16, 16),
             torch.tensor(1),
-            torch.randn(1, 9, 12),
+            torch.ones(1, 9, 12),
             down_block_additional_residuals=down,
-            mid_block_additional_residual=torch.randn(1, 16, 8, 8),
+            mid_block_additional_residual=torch.ones(1, 16, 8, 8),
         )
 
     with pytest.raises(df.UnsupportedModel, match=r"\(1, 8, 8, 16\) does not fit level 0, which is 16 x 16"):

@@ -63,17 +63,19 @@ def parallelize(target: T, config: ParallelConfig | None = None, comm: Comm | No
     try:
         for model in models:
             nets = [] if model is target else _controlnets(target)
-            tables = [(net, controlnet_table(net, model)) for net in nets]
-            notes = [f"{type(net).__name__} runs whole on every rank" for net, table in tables if table is None]
+            tables = [controlnet_table(net, model) for net in nets]
+            notes: list[str] = []
+            if None in tables:  # their outputs are added up: all in patches, or all whole
+                notes += [f"{type(net).__name__} runs whole on every rank" for net in nets]
+                tables.clear()
             if _is_compiled(target, model):
                 notes.append("torch.compile does nothing while parallel")
             feeders: list[ParallelDenoiser] = []
-            for net, table in tables:
-                if table is not None:
-                    feeders.append(ParallelDenoiser(table, config, comm, timesteps, guidance=guidance))
-                    setattr(net, _MARK, feeders[-1])
-            table = table_for(model)
-            parallel = ParallelDenoiser(table, config, comm, timesteps, guidance=guidance, feeders=feeders, notes=notes)
+            for table in filter(None, tables):
+                feeders.append(ParallelDenoiser(table, config, comm, timesteps, guidance=guidance))
+                setattr(table.model, _MARK, feeders[-1])
+            own = table_for(model)
+            parallel = ParallelDenoiser(own, config, comm, timesteps, guidance=guidance, feeders=feeders, notes=notes)
             setattr(model, _MARK, parallel)
     except Exception:
         for model in [*models, *_controlnets(target)]:
