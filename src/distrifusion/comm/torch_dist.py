@@ -25,6 +25,7 @@ from .channels import Channel, DeviceChannel, GlooChannel, Lines, UnderWay
 from .environment import backend_of, device_of, pick_device, read_environment
 from .meter import Meter
 from .protocol import Pending
+from .shared import open_shared
 
 _OPEN: set[TorchComm] = set()  # those not split off, until they are closed
 RENDEZVOUS_SECONDS = 300.0  # ranks may arrive minutes apart: they import, compile, download
@@ -139,6 +140,9 @@ class TorchComm(BaseComm):
             with self._losing("rank " + ", ".join(str(n) for n in self._names if n != self._names[self.rank])):
                 self._host = self._wire = GlooChannel(self._ranks, self.rank, self.timeout)
             self._lines.channels.append(self._host)
+            shared = open_shared(self._host, self.rank, self.world, self.all_gather_object)
+            if shared is not None:
+                self._lines.channels[-1] = self._host = self._wire = shared
 
     def _join_device(self, groups: Sequence[Sequence[int]]) -> None:
         """Open the accelerator's group of global ranks that holds this rank. All ranks make all groups, in order."""
