@@ -2,8 +2,8 @@
 
 Each ordered pair of ranks has a *lane*: a ring of bytes in a file of /dev/shm, written by one and read by the other,
 with a counter of bytes written and one of bytes read. Ranks make the same calls in the same order, so the stream
-with a counter of bytes written and one of bytes read. Ranks make the same calls in the same order, so the stream needs
-takes the core from a rank that computes. Gloo costs about a millisecond per small message next to a busy rank.
+needs no frames. A message is one copy in and one copy out, by the ranks themselves: no system call, and no transport
+thread that takes the core from a rank that computes. (Gloo: about a millisecond per small message beside such a rank.)
 
 Counters are plain 8-byte stores after the bytes they announce, which other cores see in that order on x86 only; on
 other processors, other systems and across machines, Gloo carries everything.

@@ -1,0 +1,173 @@
+"""Train the denoiser and the text encoder on cached latents, in stages of growing size; resumable.
+
+    torchrun --nproc-per-node 2 -m recipes.landscapes.train_denoiser --cache DIR --out DIR --minutes 90
+"""
+
+import argparse
+import time
+from contextlib import nullcontext
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.distributed as dist
+import torch.nn.functional as nnf
+from diffusers import DDPMScheduler
+from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from tqdm import tqdm
+
+from .captions import caption
+from .data import scene_of
+from .networks import make_text_encoder, make_unet
+from .parallel import average_gradients, setup
+from .tokenizer import encode, load_tokenizer, piece_table
+
+# Until this share of the time: what is drawn (format: (chance, batch per process)).
+STAGES: tuple[tuple[float, dict[str, tuple[float, int]]], ...] = (
+    (0.50, {"128x128": (1.0, 24)}),
+    (0.57, {"128x128": (0.4, 24), "256x256": (0.6, 10)}),
+    (0.82, {"256x256": (0.85, 10), "256x512": (0.15, 5)}),
+    (1.01, {"256x256": (0.65, 10), "256x512": (0.15, 5), "512x512": (0.20, 3)}),
+)
+SOURCES = {"128x128": "256x256"}  # whose scenes the format shows, where they are another's
+DECAY_FROM = 0.6  # the learning rate falls to zero over the rest of the time
+EMPTY_CAPTION = 0.1
+
+
+def make_noise_scheduler() -> DDPMScheduler:
+    """v-prediction on Stable Diffusion's schedule, stretched to end in pure noise."""
+    return DDPMScheduler(
+        beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", prediction_type="v_prediction",
+        rescale_betas_zero_snr=True, timestep_spacing="trailing", clip_sample=False,
+    )
+
+
+class Batches:
+    """Latents with fresh captions; a batch is a function of the step and the rank."""
+
+    def __init__(self, cache: Path, rank: int, tokenizer: Any) -> None:
+        self.cache, self.rank, self.tokenizer = cache, rank, tokenizer
+        self.table = piece_table(tokenizer)
+        self.latents: dict[str, np.ndarray] = {}
+
+    def draw(self, step: int, share: float) -> tuple[Tensor, Tensor]:
+        """Latents [B, 4, h, w] and token numbers [B, L] at a share 0..1 of the training time."""
+        stage = next(mix for until, mix in STAGES if share < until)
+        stage = {form: entry for form, entry in stage.items() if (self.cache / f"latents_{form}.npy").exists()}
+        if not stage:
+            raise FileNotFoundError(f"no latents in {self.cache} for this stage; run encode_latents first")
+        chances = np.array([chance for chance, _ in stage.values()])
+        common = np.random.default_rng([step, 1])  # all processes draw the same format
+        form = str(common.choice(list(stage), p=chances / chances.sum()))
+        if form not in self.latents:
+            self.latents[form] = np.load(self.cache / f"latents_{form}.npy", mmap_mode="r")
+        rng, source = np.random.default_rng([step, 2, self.rank]), self.latents[form]
+        latents, captions = [], []
+        for index in rng.integers(len(source), size=stage[form][1]):
+            latents.append(np.roll(source[index], int(rng.integers(source.shape[-1])), axis=-1))
+            empty = rng.random() < EMPTY_CAPTION
+            captions.append("" if empty else caption(scene_of(SOURCES.get(form, form), int(index)), rng))
+        tokens = self.table[encode(self.tokenizer, captions)]
+        return torch.from_numpy(np.stack(latents)).float(), tokens
+
+
+@torch.no_grad()
+def update_average(average: dict[str, Tensor], model: nn.Module, step: int) -> None:
+    """Exponential moving average of the weights, quick at first."""
+    keep = min(0.995, (1 + step) / (10 + step))
+    for name, weight in model.state_dict().items():
+        average[name].lerp_(weight.float(), 1 - keep) if weight.is_floating_point() else average[name].copy_(weight)
+
+
+def main() -> None:
+    """Command line."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--cache", type=Path, required=True)
+    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--minutes", type=float, default=90, help="of training in all, earlier runs counted in")
+    parser.add_argument("--rate", type=float, default=1e-3)
+    parser.add_argument("--resume", type=Path, help="a checkpoint; by default the one in --out, if there")
+    options = parser.parse_args()
+    rank, world, device = setup()
+    options.out.mkdir(parents=True, exist_ok=True)
+    tokenizer = load_tokenizer(options.out / "tokenizer")
+    torch.manual_seed(0)
+    model = nn.ModuleDict({
+        "unet": make_unet(),
+        "text_encoder": make_text_encoder(len(tokenizer), tokenizer.bos_token_id, tokenizer.eos_token_id),
+    }).to(device)
+    average = {name: weight.clone() for name, weight in model.state_dict().items()}
+    trained = list(model.parameters())
+    optimizer = torch.optim.AdamW(trained, options.rate, betas=(0.9, 0.99), weight_decay=0.01, fused=True)
+    path, step, elapsed, pictures, begun = options.out / "denoiser.pt", 0, 0.0, 0, 0
+    resume = options.resume or path
+    if resume.exists():
+        saved = torch.load(resume, map_location=device)
+        model.load_state_dict(saved.get("weights", saved["average"]))
+        average = {name: weight.to(average[name].dtype, copy=True) for name, weight in saved["average"].items()}
+        if "optimizer" in saved:
+            optimizer.load_state_dict(saved["optimizer"])
+        step, elapsed, pictures = saved["step"], saved["elapsed"], saved["pictures"]
+        begun = 0 if "optimizer" in saved else step
+
+    def save() -> None:
+        if rank == 0:
+            state = {"weights": model.state_dict(), "average": average, "step": step, "elapsed": elapsed,
+                     "pictures": pictures, "optimizer": optimizer.state_dict()}
+            torch.save(state, path.with_suffix(".new"))
+            path.with_suffix(".new").replace(path)
+
+    scheduler, batches = make_noise_scheduler(), Batches(options.cache, rank, tokenizer)
+    last, last_save, losses = time.monotonic(), time.monotonic(), []
+    with tqdm(unit="step", initial=step, disable=rank > 0, mininterval=5) as bar:
+        while True:
+            clock = torch.tensor([elapsed], dtype=torch.float64)
+            if world > 1:
+                dist.broadcast(clock, 0)
+            elapsed = float(clock)
+            share = elapsed / (options.minutes * 60)
+            if share >= 1:
+                break
+            factor = min(1.0, (step - begun + 1) / 150) * min(1.0, (1 - share) / (1 - DECAY_FROM))
+            for group in optimizer.param_groups:
+                group["lr"] = options.rate * factor
+            latents, tokens = (value.to(device) for value in batches.draw(step, share))
+            generator = torch.Generator().manual_seed(step * 64 + rank)
+            times = torch.randint(0, 1000, (len(latents),), generator=generator).to(device)
+            noise = torch.randn(latents.shape, generator=generator).to(device)
+            noisy = scheduler.add_noise(latents, noise, times)
+            target = scheduler.get_velocity(latents, noise, times)
+            small = device.type == "cpu" and latents.shape[-1] <= 16
+            with torch.autocast(device.type, torch.bfloat16), sdpa_kernel(SDPBackend.MATH) if small else nullcontext():
+                text = model["text_encoder"](tokens)[0]
+                made = model["unet"](noisy, times, text).sample
+            loss = nnf.mse_loss(made.float(), target)
+            model.zero_grad(set_to_none=True)
+            loss.backward()
+            average_gradients(trained, world)
+            nn.utils.clip_grad_norm_(trained, 1.0)
+            optimizer.step()
+            step += 1
+            pictures += len(latents) * world
+            now = time.monotonic()
+            elapsed += min(now - last, 30.0)  # a pause of the machine does not count
+            last = now
+            losses.append(loss.item())
+            if rank == 0:
+                update_average(average, model, step)
+            bar.update()
+            if step % 50 == 0:
+                bar.set_postfix(loss=f"{np.mean(losses):.4f}", pictures=pictures, minutes=f"{elapsed / 60:.1f}")
+                losses.clear()
+            if now - last_save > 180:
+                save()
+                last_save = now
+    save()
+    if world > 1:
+        dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main()

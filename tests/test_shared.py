@@ -1,0 +1,89 @@
+"""Lanes of shared memory: a stream that wraps, flow control, and a dead writer told from a slow one."""
+
+import fcntl
+from pathlib import Path
+
+import pytest
+import torch
+
+from distrifusion.comm import shared
+from distrifusion.comm.shared import Lane, _Parcel, open_shared
+
+pytestmark = pytest.mark.skipif(not Path("/dev/shm").is_dir(), reason="no /dev/shm on this system")
+
+SIZE = 4096
+
+
+@pytest.fixture
+def lanes(tmp_path):
+    writer = Lane(tmp_path / "lane", SIZE)
+    reader = Lane(tmp_path / "lane", None)
+    yield writer, reader
+    writer.close()
+    reader.close()
+
+
+def numbers(count: int, seed: int) -> torch.Tensor:
+    return torch.randint(0, 256, (count,), dtype=torch.uint8, generator=torch.Generator().manual_seed(seed))
+
+
+def test_messages_arrive_whole_and_in_order_through_a_ring_smaller_than_they_are(lanes):
+    writer, reader = lanes
+    said = [numbers(count, seed) for seed, count in enumerate((3, SIZE, 1, 3 * SIZE + 5, 1000, 1000))]
+    heard = [torch.zeros_like(words) for words in said]
+    sending, receiving = [_Parcel(words) for words in said], [_Parcel(words) for words in heard]
+    for parcel in sending:
+        writer.add(parcel)
+    assert sending[0].is_done
+    assert not sending[3].is_done  # the ring is full, and nothing was overwritten
+    for parcel in receiving:
+        reader.add(parcel)
+    while any([writer.progress(), reader.progress()]):
+        pass
+    assert all(parcel.is_done for parcel in sending + receiving)
+    assert all(map(torch.equal, said, heard))
+
+
+def test_nothing_moves_before_it_was_written(lanes):
+    writer, reader = lanes
+    late = _Parcel(torch.zeros(8, dtype=torch.uint8))
+    reader.add(late)
+    assert not reader.progress()
+    writer.add(_Parcel(numbers(4, 0)))
+    assert reader.progress()
+    assert (late.moved, late.is_done) == (4, False)
+
+
+def test_what_is_in_the_ring_can_be_read_after_the_writer_closed(lanes):
+    writer, reader = lanes
+    words, heard = numbers(100, 1), torch.zeros(100, dtype=torch.uint8)
+    writer.add(_Parcel(words))
+    writer.close()
+    assert reader.is_closed
+    assert not reader.writer_died()
+    reader.add(_Parcel(heard))
+    assert torch.equal(words, heard)
+
+
+def test_a_dead_writer_is_told_from_a_slow_one(lanes):
+    writer, reader = lanes
+    assert not reader.writer_died()
+    fcntl.flock(writer._file, fcntl.LOCK_UN)  # what the kernel does when the process ends
+    assert reader.writer_died()
+
+
+def test_without_room_ranks_have_no_shared_channel_and_leave_nothing_behind(tmp_path, monkeypatch):
+    def full(*args):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(shared, "FOLDER", tmp_path)
+    monkeypatch.setattr(shared.os, "posix_fallocate", full)
+    assert open_shared(None, 0, 2, lambda value: [value, value]) is None
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_ranks_that_do_not_see_each_others_files_have_no_shared_channel(tmp_path, monkeypatch):
+    monkeypatch.setattr(shared, "FOLDER", tmp_path)
+    answers = iter([[{1: "x"}, {0: str(tmp_path / "elsewhere")}], [False, True]])
+    assert open_shared(None, 0, 2, lambda value: next(answers)) is None
+    assert list(tmp_path.iterdir()) == []
