@@ -50,7 +50,13 @@ class Canvas:
         rows += (colour - rows) * weight
 
     def land(
-        self, crest: Array, colour: Array, depth: float, *, texture: Array | None = None, fade: float = 0.25,
+        self,
+        crest: Array,
+        colour: Array,
+        depth: float,
+        *,
+        texture: Array | None = None,
+        fade: float = 0.25,
         fade_strength: float = 1.0,
     ) -> None:
         """Fill below a crest line [W] with a lit colour ([3] or [H, W, 3]), paled by haze at `depth` (0 near, 1 far).

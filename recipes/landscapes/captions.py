@@ -8,8 +8,14 @@ from .scene import Scene
 
 TERRAIN_WORDS: dict[str, tuple[str, ...]] = {
     "mountains": ("snowy mountains", "mountain peaks", "a mountain range", "high mountains", "snowy peaks"),
-    "lake": ("a mountain lake", "a lake", "mountains over a lake", "snowy mountains over a lake", "an alpine lake",
-             "a lake below mountains"),
+    "lake": (
+        "a mountain lake",
+        "a lake",
+        "mountains over a lake",
+        "snowy mountains over a lake",
+        "an alpine lake",
+        "a lake below mountains",
+    ),
     "hills": ("green hills", "rolling hills", "grassy hills", "meadows", "a green valley", "hills"),
     "forest": ("a pine forest", "a forest", "pine trees", "dense woods", "a forest of pines", "a fir forest"),
     "desert": ("desert dunes", "sand dunes", "a sandy desert", "a desert", "dunes"),
@@ -26,8 +32,11 @@ TIME_WORDS: dict[str, tuple[str, ...]] = {
     "night": ("at night", "at night", "by night", "at midnight"),
 }
 WEATHER_ADJECTIVES: dict[str, tuple[str, ...]] = {
-    "clear": ("clear", "serene"), "cloudy": ("cloudy",), "misty": ("misty", "foggy", "hazy"),
-    "stormy": ("stormy", "rainy"), "snowing": ("wintry", "snowing"),
+    "clear": ("clear", "serene"),
+    "cloudy": ("cloudy",),
+    "misty": ("misty", "foggy", "hazy"),
+    "stormy": ("stormy", "rainy"),
+    "snowing": ("wintry", "snowing"),
 }
 WEATHER_WORDS: dict[str, tuple[str, ...]] = {
     "clear": ("clear sky", "a clear sky", "fine weather"),
@@ -37,10 +46,13 @@ WEATHER_WORDS: dict[str, tuple[str, ...]] = {
     "snowing": ("falling snow", "snowfall", "snowflakes", "in the snow"),
 }
 THING_WORDS: dict[str, tuple[str, ...]] = {
-    "sun": ("sun", "the sun", "a bright sun"), "full moon": ("full moon", "a full moon", "a round moon"),
+    "sun": ("sun", "the sun", "a bright sun"),
+    "full moon": ("full moon", "a full moon", "a round moon"),
     "crescent moon": ("crescent moon", "a crescent moon", "a thin moon"),
-    "stars": ("stars", "starry sky", "many stars"), "aurora": ("aurora", "northern lights", "green aurora"),
-    "rainbow": ("rainbow", "a rainbow"), "birds": ("birds", "a flock of birds", "flying birds"),
+    "stars": ("stars", "starry sky", "many stars"),
+    "aurora": ("aurora", "northern lights", "green aurora"),
+    "rainbow": ("rainbow", "a rainbow"),
+    "birds": ("birds", "a flock of birds", "flying birds"),
     "balloon": ("hot air balloon", "a hot-air balloon", "a balloon"),
     "boat": ("a sailing boat", "a sailboat", "a boat", "a small boat"),
     "lighthouse": ("a lighthouse", "lighthouse", "a striped lighthouse"),
@@ -55,8 +67,17 @@ PALETTE_WORDS: dict[str, tuple[str, ...]] = {
     "teal": ("teal colours", "turquoise colors", "in teal"),
 }
 OPENINGS = (
-    "", "", "", "", "", "a painting of ", "a landscape with ", "a beautiful view of ", "an illustration of ",
-    "a picture of ", "a photo of ",
+    "",
+    "",
+    "",
+    "",
+    "",
+    "a painting of ",
+    "a landscape with ",
+    "a beautiful view of ",
+    "an illustration of ",
+    "a picture of ",
+    "a photo of ",
 )
 
 
@@ -105,7 +126,11 @@ def caption(scene: Scene, rng: np.random.Generator) -> str:
 
 def vocabulary() -> list[str]:
     """Every word (and punctuation mark) that captions are made of."""
-    phrases = [phrase for table in (TERRAIN_WORDS, TIME_WORDS, WEATHER_ADJECTIVES, WEATHER_WORDS, THING_WORDS,
-                                    PALETTE_WORDS) for options in table.values() for phrase in options]
+    phrases = [
+        phrase
+        for table in (TERRAIN_WORDS, TIME_WORDS, WEATHER_ADJECTIVES, WEATHER_WORDS, THING_WORDS, PALETTE_WORDS)
+        for options in table.values()
+        for phrase in options
+    ]
     text = " ".join([*phrases, *OPENINGS, "with and , . -"])
     return sorted(set(re.findall(r"[a-z]+|[^\sa-z]", text)))

@@ -1,6 +1,6 @@
 """Renders kept on disk: one memory-mapped array per picture format, filled in parallel and resumable.
 
-    python -m recipes.landscapes.data --cache DIR --count 256x256=20000 --count 512x512=2500 --count 256x512=2500
+python -m recipes.landscapes.data --cache DIR --count 256x256=20000 --count 512x512=2500 --count 256x512=2500
 """
 
 import argparse

@@ -1,6 +1,6 @@
 """Encode the cached renders once; --shrink 2 encodes them at half their size for an early stage.
 
-    python -m recipes.landscapes.encode_latents --cache DIR --autoencoder DIR/autoencoder.pt --form 256x256 --shrink 2
+python -m recipes.landscapes.encode_latents --cache DIR --autoencoder DIR/autoencoder.pt --form 256x256 --shrink 2
 """
 
 import argparse

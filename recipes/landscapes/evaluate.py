@@ -1,8 +1,8 @@
 """Evaluation: the autoencoder's PSNR, and a classifier of renders that reads the attributes off generated pictures.
 
-    python -m recipes.landscapes.evaluate train --cache DIR --out DIR --minutes 15
-    python -m recipes.landscapes.evaluate read --out DIR --model FOLDER --pictures 100
-    python -m recipes.landscapes.evaluate autoencoder --model FOLDER --pictures 32
+python -m recipes.landscapes.evaluate train --cache DIR --out DIR --minutes 15
+python -m recipes.landscapes.evaluate read --out DIR --model FOLDER --pictures 100
+python -m recipes.landscapes.evaluate autoencoder --model FOLDER --pictures 32
 """
 
 import argparse
@@ -32,11 +32,18 @@ def make_reader() -> nn.Module:
     layers: list[nn.Module] = []
     width = 3
     for wider in (24, 48, 96, 128):
-        layers += [nn.Conv2d(width, wider, 3, stride=2, padding=1), nn.BatchNorm2d(wider), nn.ReLU(),
-                   nn.Conv2d(wider, wider, 3, padding=1, groups=8), nn.BatchNorm2d(wider), nn.ReLU()]
+        layers += [
+            nn.Conv2d(width, wider, 3, stride=2, padding=1),
+            nn.BatchNorm2d(wider),
+            nn.ReLU(),
+            nn.Conv2d(wider, wider, 3, padding=1, groups=8),
+            nn.BatchNorm2d(wider),
+            nn.ReLU(),
+        ]
         width = wider
-    return nn.Sequential(*layers, nn.AdaptiveMaxPool2d((4, 1)), nn.Flatten(), nn.Dropout(0.1),
-                         nn.Linear(width * 4, OUTPUTS))
+    return nn.Sequential(
+        *layers, nn.AdaptiveMaxPool2d((4, 1)), nn.Flatten(), nn.Dropout(0.1), nn.Linear(width * 4, OUTPUTS)
+    )
 
 
 def labels_of(scene: Scene) -> tuple[list[int], list[float]]:
@@ -65,10 +72,16 @@ def train_reader(options: argparse.Namespace) -> None:
     torch.manual_seed(0)
     reader, rng, begin = make_reader(), np.random.default_rng(0), time.monotonic()
     pictures = np.load(pictures_path(options.cache, "256x256"), mmap_mode="r")[: options.count]
-    small = np.concatenate([
-        nnf.avg_pool2d(torch.from_numpy(pictures[at : at + 200]).permute(0, 3, 1, 2).float(), 2).permute(0, 2, 3, 1)
-        .round().byte().numpy() for at in tqdm(range(0, len(pictures), 200), desc="shrinking")
-    ])
+    small = np.concatenate(
+        [
+            nnf.avg_pool2d(torch.from_numpy(pictures[at : at + 200]).permute(0, 3, 1, 2).float(), 2)
+            .permute(0, 2, 3, 1)
+            .round()
+            .byte()
+            .numpy()
+            for at in tqdm(range(0, len(pictures), 200), desc="shrinking")
+        ]
+    )
     labels = [labels_of(scene_of("256x256", index)) for index in range(len(small))]
     optimizer = torch.optim.AdamW(reader.parameters(), 2e-3, weight_decay=0.02)
     with tqdm(unit="step") as bar:
@@ -81,8 +94,11 @@ def train_reader(options: argparse.Namespace) -> None:
                 batch = nnf.avg_pool2d(batch, 3, stride=1, padding=1, count_include_pad=False)
             batch = batch + float(rng.random() * 0.06) * torch.randn_like(batch)
             outputs = reader(batch)
-            loss = reader_loss(outputs, torch.tensor([labels[index][0] for index in chosen]),
-                               torch.tensor([labels[index][1] for index in chosen]))
+            loss = reader_loss(
+                outputs,
+                torch.tensor([labels[index][0] for index in chosen]),
+                torch.tensor([labels[index][1] for index in chosen]),
+            )
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()
@@ -92,8 +108,12 @@ def train_reader(options: argparse.Namespace) -> None:
     for held_out in (False, True):
         rng = np.random.default_rng(10**6)
         scenes = [sample_scene(rng, held_out) for _ in range(200)]
-        report(f"renders, held-out combinations: {held_out}", reader, scenes,
-               np.stack([paint(scene, 256, 256) for scene in scenes]))
+        report(
+            f"renders, held-out combinations: {held_out}",
+            reader,
+            scenes,
+            np.stack([paint(scene, 256, 256) for scene in scenes]),
+        )
 
 
 @torch.inference_mode()
@@ -139,8 +159,17 @@ def read_model(options: argparse.Namespace) -> None:
         for at in tqdm(range(0, len(scenes), 4), unit_scale=4, unit="picture"):
             prompts = [plain_prompt(scene) for scene in scenes[at : at + 4]]
             generators = [torch.Generator().manual_seed(at + index) for index in range(len(prompts))]
-            made.append(pipeline(prompts, height=options.size, width=options.size, num_inference_steps=options.steps,
-                                 guidance_scale=options.guidance, generator=generators, output_type="np").images)
+            made.append(
+                pipeline(
+                    prompts,
+                    height=options.size,
+                    width=options.size,
+                    num_inference_steps=options.steps,
+                    guidance_scale=options.guidance,
+                    generator=generators,
+                    output_type="np",
+                ).images
+            )
         pictures = (np.concatenate(made) * 255).round().astype(np.uint8)
         report(f"generated, held-out combinations: {held_out}", reader, scenes, pictures)
 

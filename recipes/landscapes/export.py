@@ -1,6 +1,6 @@
 """Write the trained model as a diffusers pipeline folder in float16.
 
-    python -m recipes.landscapes.export --autoencoder DIR/autoencoder.pt --denoiser DIR --to FOLDER
+python -m recipes.landscapes.export --autoencoder DIR/autoencoder.pt --denoiser DIR --to FOLDER
 """
 
 import argparse
@@ -23,8 +23,14 @@ CARD = Path(__file__).with_name("MODEL_CARD.md")
 def make_sampler() -> DDIMScheduler:
     """The default scheduler: DDIM from pure noise; DPM-Solver++ can be made from its configuration."""
     return DDIMScheduler(
-        beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", prediction_type="v_prediction",
-        rescale_betas_zero_snr=True, timestep_spacing="trailing", clip_sample=False, set_alpha_to_one=True,
+        beta_start=0.00085,
+        beta_end=0.012,
+        beta_schedule="scaled_linear",
+        prediction_type="v_prediction",
+        rescale_betas_zero_snr=True,
+        timestep_spacing="trailing",
+        clip_sample=False,
+        set_alpha_to_one=True,
     )
 
 
@@ -47,8 +53,14 @@ def load_pipeline(autoencoder_path: Path, denoiser_path: Path, tokenizer_folder:
     autoencoder: AutoencoderTiny = make_autoencoder()
     autoencoder.load_state_dict(torch.load(autoencoder_path, map_location="cpu")["weights"])
     return StableDiffusionPipeline(
-        vae=autoencoder.eval(), text_encoder=text_encoder.eval(), tokenizer=tokenizer, unet=unet.eval(),
-        scheduler=make_sampler(), safety_checker=None, feature_extractor=None, requires_safety_checker=False,
+        vae=autoencoder.eval(),
+        text_encoder=text_encoder.eval(),
+        tokenizer=tokenizer,
+        unet=unet.eval(),
+        scheduler=make_sampler(),
+        safety_checker=None,
+        feature_extractor=None,
+        requires_safety_checker=False,
     )
 
 
@@ -87,8 +99,9 @@ def write_checkpoint(autoencoder_path: Path, denoiser_path: Path, folder: Path) 
         saved = torch.load(path, map_location="cpu")
         small = {name: saved[name] for name in saved if isinstance(saved[name], int | float)}
         for name in names:
-            small[name] = {key: value.half() if value.is_floating_point() else value
-                           for key, value in saved[name].items()}
+            small[name] = {
+                key: value.half() if value.is_floating_point() else value for key, value in saved[name].items()
+            }
         torch.save(small, folder / path.name)
 
 

@@ -1,6 +1,6 @@
 """The gallery: 24 prompts fixed beforehand, three of them wide, on one sheet.
 
-    python -m recipes.landscapes.gallery --model FOLDER --to docs/gallery.png
+python -m recipes.landscapes.gallery --model FOLDER --to docs/gallery.png
 """
 
 import argparse
@@ -13,7 +13,7 @@ from diffusers import StableDiffusionPipeline
 from PIL import Image, ImageDraw, ImageFont
 from tqdm import tqdm
 
-# (prompt, how many times as wide as high); fixed before the first training run.
+# (prompt, how many times as wide as high); fixed before the first step of the denoiser.
 PROMPTS: tuple[tuple[str, int], ...] = (
     ("snowy mountains at sunset over a lake, full moon", 1),
     ("misty pine forest at dawn", 1),
@@ -50,8 +50,16 @@ def paint_prompts(
     pictures = []
     for index, (prompt, wide) in enumerate(tqdm(PROMPTS, unit="picture")):
         generator = torch.Generator().manual_seed(seed + index)
-        pictures.append(pipeline(prompt, height=size, width=size * wide, num_inference_steps=steps,
-                                 guidance_scale=guidance, generator=generator).images[0])
+        pictures.append(
+            pipeline(
+                prompt,
+                height=size,
+                width=size * wide,
+                num_inference_steps=steps,
+                guidance_scale=guidance,
+                generator=generator,
+            ).images[0]
+        )
     return pictures
 
 

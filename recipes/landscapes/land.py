@@ -8,7 +8,13 @@ from .palettes import LAND, mix, rgb
 
 SNOW = rgb(246, 248, 255)
 SKYLINES = {
-    "mountains": 0.50, "lake": 0.46, "hills": 0.52, "forest": 0.46, "desert": 0.54, "canyon": 0.55, "sea": 0.56,
+    "mountains": 0.50,
+    "lake": 0.46,
+    "hills": 0.52,
+    "forest": 0.46,
+    "desert": 0.54,
+    "canyon": 0.55,
+    "sea": 0.56,
     "islands": 0.56,
 }
 WATERLINES = {"lake": 0.64, "sea": 0.56, "islands": 0.58}
@@ -26,8 +32,14 @@ def colours(canvas: Canvas, depth: float) -> Array:
 def paint_land(canvas: Canvas) -> Array:
     """Paint the terrain over the sky; returns the line [W] on which things stand."""
     painters = {
-        "mountains": _mountains, "lake": _lake, "hills": _hills, "forest": _forest, "desert": _desert,
-        "canyon": _canyon, "sea": _sea, "islands": _islands,
+        "mountains": _mountains,
+        "lake": _lake,
+        "hills": _hills,
+        "forest": _forest,
+        "desert": _desert,
+        "canyon": _canyon,
+        "sea": _sea,
+        "islands": _islands,
     }
     return painters[canvas.scene.terrain](canvas)
 
@@ -60,8 +72,16 @@ def _peaks(canvas: Canvas, name: str, base: float, rise: float, frequency: float
     canvas.land(crest, canvas.lit(surface, 0.9 * lit), depth, fade=rise * 1.3)
 
 
-def _trees_line(canvas: Canvas, name: str, ground: Array, size: float, spacing: float, depth: float, colour: Array,
-                fade: float = 0.2) -> None:
+def _trees_line(
+    canvas: Canvas,
+    name: str,
+    ground: Array,
+    size: float,
+    spacing: float,
+    depth: float,
+    colour: Array,
+    fade: float = 0.2,
+) -> None:
     """A row of pines on a ground line [W] and the ground below them, in one dark layer."""
     rng = canvas.rng(name)
     count = max(3, round(canvas.aspect / spacing))
@@ -190,8 +210,14 @@ def _canyon(canvas: Canvas) -> Array:
     for index, (drop, depth) in enumerate(((0.0, 0.25), (0.15, 0.0))):
         ground = 0.68 + drop + 0.014 * canvas.profile(f"plain {index}", 1.4, 3)
         texture = 0.07 * canvas.field(f"scrub {index}", 5, 22, 2)
-        canvas.land(ground, canvas.lit(colours(canvas, 0.15) * (1 - 0.25 * index), 0.55), depth, texture=texture,
-                    fade=0.4, fade_strength=0.4)
+        canvas.land(
+            ground,
+            canvas.lit(colours(canvas, 0.15) * (1 - 0.25 * index), 0.55),
+            depth,
+            texture=texture,
+            fade=0.4,
+            fade_strength=0.4,
+        )
     return ground
 
 
@@ -254,11 +280,15 @@ def paint_water(canvas: Canvas) -> None:
 def _waves(canvas: Canvas, first: int) -> Array:
     """Ripples that grow towards the viewer, of about unit deviation: [H - first, W]."""
     height = canvas.height
-    far, mid, near = (canvas.field(f"waves {name}", fx, fy, 2) for name, fx, fy in
-                      (("far", 9, 90), ("mid", 5, 44), ("near", 3, 24)))
+    far, mid, near = (
+        canvas.field(f"waves {name}", fx, fy, 2) for name, fx, fy in (("far", 9, 90), ("mid", 5, 44), ("near", 3, 24))
+    )
     depth = canvas.v[first:] - first / height
-    return (far[first:] * smoothstep(0.12, 0.0, depth) + mid[first:] * smoothstep(0, 0.1, depth) * smoothstep(
-        0.35, 0.12, depth) + near[first:] * smoothstep(0.12, 0.35, depth))
+    return (
+        far[first:] * smoothstep(0.12, 0.0, depth)
+        + mid[first:] * smoothstep(0, 0.1, depth) * smoothstep(0.35, 0.12, depth)
+        + near[first:] * smoothstep(0.12, 0.35, depth)
+    )
 
 
 def _beach(canvas: Canvas) -> None:

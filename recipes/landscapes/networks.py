@@ -75,16 +75,18 @@ def make_unet() -> UNet2DConditionModel:
 
 def make_text_encoder(vocabulary: int, start: int, end: int) -> CLIPTextModel:
     """A small causal text encoder in CLIP's shape; `start` and `end` are token numbers, the end also pads."""
-    return CLIPTextModel(CLIPTextConfig(
-        vocab_size=vocabulary,
-        hidden_size=TEXT_WIDTH,
-        intermediate_size=TEXT_WIDTH * 3,
-        num_hidden_layers=3,
-        num_attention_heads=4,
-        max_position_embeddings=TEXT_LENGTH,
-        projection_dim=TEXT_WIDTH,
-        hidden_act="quick_gelu",
-        bos_token_id=start,
-        eos_token_id=end,
-        pad_token_id=end,
-    ))
+    return CLIPTextModel(
+        CLIPTextConfig(
+            vocab_size=vocabulary,
+            hidden_size=TEXT_WIDTH,
+            intermediate_size=TEXT_WIDTH * 3,
+            num_hidden_layers=3,
+            num_attention_heads=4,
+            max_position_embeddings=TEXT_LENGTH,
+            projection_dim=TEXT_WIDTH,
+            hidden_act="quick_gelu",
+            bos_token_id=start,
+            eos_token_id=end,
+            pad_token_id=end,
+        )
+    )

@@ -35,7 +35,12 @@ def cells(frequency: float, aspect: float) -> int:
 
 
 def profile(
-    rng: np.random.Generator, width: int, aspect: float, frequency: float, octaves: int = 1, gain: float = 0.5,
+    rng: np.random.Generator,
+    width: int,
+    aspect: float,
+    frequency: float,
+    octaves: int = 1,
+    gain: float = 0.5,
     linear: bool = False,
 ) -> Array:
     """One-dimensional periodic noise of about unit deviation: [width]. `frequency` is in cells per picture height."""
@@ -63,7 +68,12 @@ def ridged(rng: np.random.Generator, width: int, aspect: float, frequency: float
 
 
 def field(
-    rng: np.random.Generator, height: int, width: int, aspect: float, frequency: tuple[float, float], octaves: int = 1,
+    rng: np.random.Generator,
+    height: int,
+    width: int,
+    aspect: float,
+    frequency: tuple[float, float],
+    octaves: int = 1,
     gain: float = 0.5,
 ) -> Array:
     """Two-dimensional noise of about unit deviation, periodic along x: [height, width]. Frequencies are (x, y)."""

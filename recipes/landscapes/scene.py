@@ -9,8 +9,19 @@ TIMES = ("dawn", "day", "golden", "sunset", "dusk", "night")
 WEATHERS = ("clear", "cloudy", "misty", "stormy", "snowing")
 PALETTES = ("natural", "pastel", "violet", "autumn", "teal")
 THINGS = (
-    "sun", "full moon", "crescent moon", "stars", "aurora", "rainbow", "birds", "balloon",
-    "boat", "lighthouse", "tree", "cabin", "castle",
+    "sun",
+    "full moon",
+    "crescent moon",
+    "stars",
+    "aurora",
+    "rainbow",
+    "birds",
+    "balloon",
+    "boat",
+    "lighthouse",
+    "tree",
+    "cabin",
+    "castle",
 )
 
 SKY_LIGHTS = ("sun", "full moon", "crescent moon")
@@ -19,16 +30,34 @@ GROUND_THINGS = ("boat", "lighthouse", "tree", "cabin", "castle")
 WATERY = ("lake", "sea", "islands")
 
 # Never trained on: (terrain, time, weather). The evaluation asks for them.
-HELD_OUT = frozenset({
-    ("mountains", "night", "misty"), ("mountains", "golden", "cloudy"), ("mountains", "dawn", "snowing"),
-    ("lake", "sunset", "misty"), ("lake", "night", "cloudy"), ("lake", "day", "stormy"),
-    ("hills", "dusk", "clear"), ("hills", "dawn", "cloudy"), ("hills", "sunset", "snowing"),
-    ("forest", "golden", "clear"), ("forest", "night", "snowing"), ("forest", "sunset", "cloudy"),
-    ("desert", "dawn", "clear"), ("desert", "dusk", "misty"), ("desert", "day", "stormy"),
-    ("canyon", "sunset", "clear"), ("canyon", "night", "clear"), ("canyon", "dawn", "misty"),
-    ("sea", "dusk", "clear"), ("sea", "golden", "misty"), ("sea", "night", "stormy"),
-    ("islands", "day", "misty"), ("islands", "sunset", "clear"), ("islands", "dusk", "cloudy"),
-})
+HELD_OUT = frozenset(
+    {
+        ("mountains", "night", "misty"),
+        ("mountains", "golden", "cloudy"),
+        ("mountains", "dawn", "snowing"),
+        ("lake", "sunset", "misty"),
+        ("lake", "night", "cloudy"),
+        ("lake", "day", "stormy"),
+        ("hills", "dusk", "clear"),
+        ("hills", "dawn", "cloudy"),
+        ("hills", "sunset", "snowing"),
+        ("forest", "golden", "clear"),
+        ("forest", "night", "snowing"),
+        ("forest", "sunset", "cloudy"),
+        ("desert", "dawn", "clear"),
+        ("desert", "dusk", "misty"),
+        ("desert", "day", "stormy"),
+        ("canyon", "sunset", "clear"),
+        ("canyon", "night", "clear"),
+        ("canyon", "dawn", "misty"),
+        ("sea", "dusk", "clear"),
+        ("sea", "golden", "misty"),
+        ("sea", "night", "stormy"),
+        ("islands", "day", "misty"),
+        ("islands", "sunset", "clear"),
+        ("islands", "dusk", "cloudy"),
+    }
+)
 
 
 @dataclass(frozen=True)

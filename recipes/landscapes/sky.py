@@ -104,8 +104,14 @@ def _rainbow(canvas: Canvas) -> None:
     """An arc in six soft bands, away from the light."""
     centre = (canvas.light_u + canvas.aspect / 2) % canvas.aspect
     distance = _distance(canvas, centre, canvas.skyline + 0.08)
-    bands = (rgb(236, 84, 84), rgb(250, 160, 80), rgb(252, 226, 110), rgb(110, 200, 120), rgb(92, 140, 226),
-             rgb(150, 100, 200))
+    bands = (
+        rgb(236, 84, 84),
+        rgb(250, 160, 80),
+        rgb(252, 226, 110),
+        rgb(110, 200, 120),
+        rgb(92, 140, 226),
+        rgb(150, 100, 200),
+    )
     for index, colour in enumerate(bands):
         ring = np.exp(-(((distance - 0.40 + 0.016 * index) / 0.010) ** 2))
         canvas.blend(colour, 0.62 * ring * smoothstep(0.6, 0.35, canvas.v))

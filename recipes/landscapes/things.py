@@ -103,15 +103,21 @@ def _lighthouse(canvas: Canvas, stage: Array) -> None:
     patch = Patch(canvas, u, v, size)
     lit = canvas.lit
     rock, white, red = lit(rgb(84, 80, 82), 0.45), lit(rgb(250, 246, 240), 0.85), lit(rgb(206, 58, 50), 0.8)
-    patch.polygon(rock, (0.14, 1), (0.2, 0.93), (0.3, 0.9), (0.36, 0.85), (0.6, 0.84), (0.68, 0.89), (0.8, 0.92),
-                  (0.88, 1))
+    patch.polygon(
+        rock, (0.14, 1), (0.2, 0.93), (0.3, 0.9), (0.36, 0.85), (0.6, 0.84), (0.68, 0.89), (0.8, 0.92), (0.88, 1)
+    )
     edges = np.linspace(0.86, 0.26, 6)
     for index, (low, high) in enumerate(pairwise(edges)):
         half_low, half_high = 0.05 + 0.055 * (low - 0.26), 0.05 + 0.055 * (high - 0.26)
         for side, tone in ((0.0, 1.0), (0.4, 0.78)):
             colour = (red if index % 2 else white) * tone
-            patch.polygon(colour, (0.5 - half_low + 2 * half_low * side, low), (0.5 + half_low, low),
-                          (0.5 + half_high, high), (0.5 - half_high + 2 * half_high * side, high))
+            patch.polygon(
+                colour,
+                (0.5 - half_low + 2 * half_low * side, low),
+                (0.5 + half_low, low),
+                (0.5 + half_high, high),
+                (0.5 - half_high + 2 * half_high * side, high),
+            )
     lamp = mix(lit(rgb(255, 240, 190), 0.9), rgb(255, 236, 160), max(0.3, canvas.light.darkness))
     patch.polygon(rock * 0.8, (0.43, 0.27), (0.57, 0.27), (0.57, 0.25), (0.43, 0.25))
     patch.polygon(lamp, (0.46, 0.25), (0.54, 0.25), (0.54, 0.18), (0.46, 0.18))
@@ -132,10 +138,22 @@ def _tree(canvas: Canvas, stage: Array) -> None:
     lit, snowy = canvas.lit, canvas.scene.weather == "snowing"
     trunk = lit(rgb(70, 48, 36), 0.4)
     leaf = {"autumn": rgb(226, 120, 40), "pastel": rgb(240, 170, 190)}.get(canvas.scene.palette, rgb(72, 116, 50))
-    patch.polygon(trunk, (0.45, 1), (0.475, 0.6), (0.40, 0.42), (0.43, 0.41), (0.5, 0.55), (0.57, 0.40), (0.60, 0.41),
-                  (0.53, 0.62), (0.56, 1))
-    clumps = [(0.5 + 0.29 * np.cos(a) * r, 0.36 + 0.2 * np.sin(a) * r) for a, r in
-              zip(rng.uniform(0, 2 * np.pi, 16), np.sqrt(rng.random(16)), strict=True)]
+    patch.polygon(
+        trunk,
+        (0.45, 1),
+        (0.475, 0.6),
+        (0.40, 0.42),
+        (0.43, 0.41),
+        (0.5, 0.55),
+        (0.57, 0.40),
+        (0.60, 0.41),
+        (0.53, 0.62),
+        (0.56, 1),
+    )
+    clumps = [
+        (0.5 + 0.29 * np.cos(a) * r, 0.36 + 0.2 * np.sin(a) * r)
+        for a, r in zip(rng.uniform(0, 2 * np.pi, 16), np.sqrt(rng.random(16)), strict=True)
+    ]
     for layer, (tone, rise) in enumerate(((0.2, 0.0), (0.6, 0.03), (1.0, 0.055))):
         colour = lit(leaf, tone) * (0.7 + 0.15 * layer)
         if snowy and layer == 2:
@@ -178,8 +196,11 @@ def _castle(canvas: Canvas, stage: Array) -> None:
     patch.polygon(lit(rgb(78, 84, 70), 0.4), (0.04, 1), (0.18, 0.9), (0.32, 0.83), (0.68, 0.83), (0.84, 0.9), (0.97, 1))
     window = mix(lit(rgb(70, 70, 90), 0.5), rgb(255, 206, 104), smoothstep(0.2, 0.6, np.float32(canvas.light.darkness)))
     for x, half, top, tip, colour in (
-        (0.5, 0.085, 0.34, 0.10, stone), (0.36, 0.05, 0.46, 0.27, stone), (0.64, 0.05, 0.42, 0.22, dark),
-        (0.24, 0.045, 0.60, 0.44, stone), (0.76, 0.045, 0.60, 0.44, dark),
+        (0.5, 0.085, 0.34, 0.10, stone),
+        (0.36, 0.05, 0.46, 0.27, stone),
+        (0.64, 0.05, 0.42, 0.22, dark),
+        (0.24, 0.045, 0.60, 0.44, stone),
+        (0.76, 0.045, 0.60, 0.44, dark),
     ):
         patch.polygon(colour, (x - half, 0.9), (x + half, 0.9), (x + half, top), (x - half, top))
         patch.polygon(colour * 0.84, (x + half * 0.2, 0.9), (x + half, 0.9), (x + half, top), (x + half * 0.2, top))
@@ -202,8 +223,13 @@ def _balloon(canvas: Canvas) -> None:
     for index, half in enumerate((0.33, 0.245, 0.15, 0.05)):
         colour = cream if index % 2 else red
         patch.ellipse(colour, 0.5, 0.37, half, 0.33)
-        patch.polygon(colour, (0.5 - half * 0.83, 0.55), (0.5 + half * 0.83, 0.55), (0.5 + half * 0.18, 0.80),
-                      (0.5 - half * 0.18, 0.80))
+        patch.polygon(
+            colour,
+            (0.5 - half * 0.83, 0.55),
+            (0.5 + half * 0.83, 0.55),
+            (0.5 + half * 0.18, 0.80),
+            (0.5 - half * 0.18, 0.80),
+        )
     rope = lit(rgb(80, 60, 50), 0.5)
     patch.polygon(rope, (0.44, 0.80), (0.455, 0.80), (0.465, 0.89), (0.455, 0.89))
     patch.polygon(rope, (0.56, 0.80), (0.545, 0.80), (0.535, 0.89), (0.545, 0.89))
@@ -219,8 +245,21 @@ def _birds(canvas: Canvas) -> None:
     for index, (dx, dy) in enumerate(((0, 0), (0.085, 0.035), (-0.085, 0.04), (0.17, 0.075), (-0.03, 0.10))):
         size = float(rng.uniform(0.06, 0.078)) * (1 - 0.05 * index)
         patch = Patch(canvas, u + dx, v + dy, size)
-        patch.polygon(dark, (0.5, 0.66), (0.36, 0.42), (0.18, 0.36), (0.0, 0.46), (0.18, 0.46), (0.34, 0.54),
-                      (0.5, 0.82), (0.66, 0.54), (0.82, 0.46), (1.0, 0.46), (0.82, 0.36), (0.64, 0.42))
+        patch.polygon(
+            dark,
+            (0.5, 0.66),
+            (0.36, 0.42),
+            (0.18, 0.36),
+            (0.0, 0.46),
+            (0.18, 0.46),
+            (0.34, 0.54),
+            (0.5, 0.82),
+            (0.66, 0.54),
+            (0.82, 0.46),
+            (1.0, 0.46),
+            (0.82, 0.36),
+            (0.64, 0.42),
+        )
         patch.paste(0.0)
 
 

@@ -49,10 +49,21 @@ def write_tokenizer(folder: Path) -> None:
     (folder / "vocab.json").write_text(json.dumps(vocab, ensure_ascii=False))
     lines = ["#version: 0.2", *(" ".join(pair) for pair in merges)]
     (folder / "merges.txt").write_text("\n".join(lines) + "\n")
-    (folder / "tokenizer_config.json").write_text(json.dumps({
-        "tokenizer_class": "CLIPTokenizer", "model_max_length": TEXT_LENGTH, "do_lower_case": True,
-        "bos_token": START, "eos_token": END, "pad_token": END, "unk_token": END,
-    }, indent=2) + "\n")
+    (folder / "tokenizer_config.json").write_text(
+        json.dumps(
+            {
+                "tokenizer_class": "CLIPTokenizer",
+                "model_max_length": TEXT_LENGTH,
+                "do_lower_case": True,
+                "bos_token": START,
+                "eos_token": END,
+                "pad_token": END,
+                "unk_token": END,
+            },
+            indent=2,
+        )
+        + "\n"
+    )
 
 
 def load_tokenizer(folder: Path) -> CLIPTokenizer:
@@ -76,5 +87,6 @@ def piece_table(tokenizer: CLIPTokenizer) -> Tensor:
 
 def encode(tokenizer: CLIPTokenizer, captions: list[str]) -> Tensor:
     """Token numbers of captions, padded: [B, TEXT_LENGTH]."""
-    return tokenizer(captions, padding="max_length", truncation=True, max_length=TEXT_LENGTH,
-                     return_tensors="pt").input_ids
+    return tokenizer(
+        captions, padding="max_length", truncation=True, max_length=TEXT_LENGTH, return_tensors="pt"
+    ).input_ids

@@ -1,6 +1,6 @@
 """Train the autoencoder on crops of the cached renders; stops at --minutes and goes on from where it stopped.
 
-    torchrun --nproc-per-node 2 -m recipes.landscapes.train_autoencoder --cache DIR --out DIR --minutes 25
+torchrun --nproc-per-node 2 -m recipes.landscapes.train_autoencoder --cache DIR --out DIR --minutes 25
 """
 
 import argparse

@@ -1,6 +1,6 @@
 """Train the denoiser and the text encoder on cached latents, in stages of growing size; resumable.
 
-    torchrun --nproc-per-node 2 -m recipes.landscapes.train_denoiser --cache DIR --out DIR --minutes 90
+torchrun --nproc-per-node 2 -m recipes.landscapes.train_denoiser --cache DIR --out DIR --minutes 90
 """
 
 import argparse
@@ -39,8 +39,13 @@ EMPTY_CAPTION = 0.1
 def make_noise_scheduler() -> DDPMScheduler:
     """v-prediction on Stable Diffusion's schedule, stretched to end in pure noise."""
     return DDPMScheduler(
-        beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", prediction_type="v_prediction",
-        rescale_betas_zero_snr=True, timestep_spacing="trailing", clip_sample=False,
+        beta_start=0.00085,
+        beta_end=0.012,
+        beta_schedule="scaled_linear",
+        prediction_type="v_prediction",
+        rescale_betas_zero_snr=True,
+        timestep_spacing="trailing",
+        clip_sample=False,
     )
 
 
@@ -94,10 +99,12 @@ def main() -> None:
     options.out.mkdir(parents=True, exist_ok=True)
     tokenizer = load_tokenizer(options.out / "tokenizer")
     torch.manual_seed(0)
-    model = nn.ModuleDict({
-        "unet": make_unet(),
-        "text_encoder": make_text_encoder(len(tokenizer), tokenizer.bos_token_id, tokenizer.eos_token_id),
-    }).to(device)
+    model = nn.ModuleDict(
+        {
+            "unet": make_unet(),
+            "text_encoder": make_text_encoder(len(tokenizer), tokenizer.bos_token_id, tokenizer.eos_token_id),
+        }
+    ).to(device)
     average = {name: weight.clone() for name, weight in model.state_dict().items()}
     trained = list(model.parameters())
     optimizer = torch.optim.AdamW(trained, options.rate, betas=(0.9, 0.99), weight_decay=0.01, fused=True)
@@ -114,8 +121,14 @@ def main() -> None:
 
     def save() -> None:
         if rank == 0:
-            state = {"weights": model.state_dict(), "average": average, "step": step, "elapsed": elapsed,
-                     "pictures": pictures, "optimizer": optimizer.state_dict()}
+            state = {
+                "weights": model.state_dict(),
+                "average": average,
+                "step": step,
+                "elapsed": elapsed,
+                "pictures": pictures,
+                "optimizer": optimizer.state_dict(),
+            }
             torch.save(state, path.with_suffix(".new"))
             path.with_suffix(".new").replace(path)
 
