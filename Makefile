@@ -15,7 +15,7 @@ PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 
 demo: $(VENV)/.installed
 	@mkdir -p out
-	HF_HUB_OFFLINE=1 $(BIN)/distrifusion generate "$(PROMPT)" --nproc 2 --device cpu --seed 0 -o out/demo.png
+	HF_HUB_OFFLINE=1 $(BIN)/distrifusion generate "$(PROMPT)" --nproc 2 --device cpu --guidance-scale 2.5 --seed 0 -o out/demo.png
 
 test: $(VENV)/.installed-dev
 	$(BIN)/ruff check

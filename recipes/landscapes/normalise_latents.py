@@ -1,9 +1,8 @@
 """Give the latents mean 0 and deviation 1 per channel, by folding both into the autoencoder's own weights, once.
 
 The last convolution of the encoder is divided and shifted, the first of the decoder multiplied and shifted back.
-Pictures
-decode as before (but for the border, where the decoder pads with zeros) and every later step sees unit latents. Run it
-after the first training of the autoencoder, then train the decoder alone.
+Pictures decode as before (but for the border, where the decoder pads with zeros) and every later step sees unit
+latents. Run it after the first training of the autoencoder, then train the decoder alone.
 """
 
 from __future__ import annotations
