@@ -121,11 +121,6 @@ class Window:
         """Rows from the first to the last tap."""
         return self.dilation * (self.kernel - 1) + 1
 
-    @property
-    def is_local(self) -> bool:
-        """Whether each output row needs exactly the input row of the same index."""
-        return self.kernel == 1 and self.stride == 1 and self.padding == (0, 0)
-
     def out_size(self, size: int) -> int:
         """Output rows for ``size`` input rows."""
         return (size + sum(self.padding) - self.reach) // self.stride + 1

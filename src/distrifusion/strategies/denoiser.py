@@ -65,7 +65,6 @@ class ParallelDenoiser:
         self._strategy = strategy_for(config, self._guidance.patches)
         self._holder = FrameHolder()
         self._layers: dict[int, Layer] = {}  # by id of their module
-        self._fingerprint: Any = None
         self._pictures = Pictures(self._strategy, timesteps)
         self.report = self._new_report()
         self._inner: Callable[..., Any] = table.model.forward
