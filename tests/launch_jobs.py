@@ -33,3 +33,21 @@ def stop() -> None:
     print("stopped", flush=True)
     os.kill(os.getpid(), signal.SIGSTOP)
     time.sleep(60)
+
+
+def follow() -> None:
+    from distrifusion.launch import follow_parent
+
+    follow_parent()
+    time.sleep(60)
+
+
+def leave_behind() -> None:
+    """A parent that is killed: prints its worker's process and then waits for the end."""
+    from distrifusion.launch import Group
+
+    group = Group(1, "launch_jobs", "follow", {})
+    while not group.pids:
+        time.sleep(0.05)
+    print(group.pids[0], flush=True)
+    time.sleep(60)

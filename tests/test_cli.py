@@ -65,6 +65,12 @@ def test_commands_and_flags() -> None:
             *("--negative-prompt", "--nproc", "--output", "--patch", "--seed", "--split", "--steps", "--strategy"),
             *("--warmup-steps", "--width", "-o", "prompt"),
         ],
+        "compare": [
+            *("--add", "--batch", "--cfg", "--device", "--dtype", "--folders", "--force", "--group-norm"),
+            *("--guidance-scale", "--height", "--jobs", "--json", "--limit", "--model", "--output", "--prompt"),
+            *("--prompts", "--seed", "--show", "--split", "--steps", "--strategy", "--warmup-steps", "--width"),
+            *("--world", "-o"),
+        ],
         "models": ["--json"],
     }
 

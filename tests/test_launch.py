@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import subprocess
+import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -26,9 +28,9 @@ def group_of(num_ranks: int, function: str) -> Iterator[Group]:
 def is_running(pid: int) -> bool:
     try:
         os.kill(pid, 0)
-    except ProcessLookupError:
+        return "Z" not in Path(f"/proc/{pid}/stat").read_text().split()[2]  # ended, and nobody has asked how
+    except (ProcessLookupError, FileNotFoundError):
         return False
-    return True
 
 
 def test_workers_have_torchruns_variables_and_their_own_session_and_log() -> None:
@@ -87,3 +89,17 @@ def test_release_ends_what_still_runs() -> None:
 
 def test_an_unknown_signal_is_a_number() -> None:
     assert str(Exit(rank=0, pid=1, code=-250)) == "killed by signal 250"
+
+
+def test_a_worker_ends_with_a_parent_that_was_killed() -> None:
+    path = os.pathsep.join([HERE, os.environ.get("PYTHONPATH", "")])
+    command = [sys.executable, "-c", "import launch_jobs; launch_jobs.leave_behind()"]
+    with subprocess.Popen(command, env={**os.environ, "PYTHONPATH": path}, stdout=subprocess.PIPE, text=True) as parent:
+        assert parent.stdout is not None
+        pid = int(parent.stdout.readline())
+        assert is_running(pid)
+        parent.kill()
+    deadline = time.monotonic() + 20
+    while is_running(pid) and time.monotonic() < deadline:
+        time.sleep(0.1)
+    assert not is_running(pid)

@@ -21,19 +21,20 @@ from tqdm import tqdm
 from .captions import caption
 from .data import scene_of
 from .networks import make_text_encoder, make_unet
+from .optimizer import Optimizer
 from .parallel import average_gradients, setup
 from .tokenizer import encode, load_tokenizer, piece_table
 
 # Until this share of the time: what is drawn (format: (chance, batch per process)).
 STAGES: tuple[tuple[float, dict[str, tuple[float, int]]], ...] = (
-    (0.50, {"128x128": (1.0, 24)}),
-    (0.57, {"128x128": (0.4, 24), "256x256": (0.6, 10)}),
-    (0.82, {"256x256": (0.85, 10), "256x512": (0.15, 5)}),
-    (1.01, {"256x256": (0.65, 10), "256x512": (0.15, 5), "512x512": (0.20, 3)}),
+    (0.22, {"128x128": (1.0, 32)}),
+    (0.75, {"256x256": (0.9, 16), "256x512": (0.1, 8)}),
+    (1.01, {"256x256": (0.6, 16), "256x512": (0.2, 8), "512x512": (0.2, 4)}),
 )
 SOURCES = {"128x128": "256x256"}  # whose scenes the format shows, where they are another's
 DECAY_FROM = 0.6  # the learning rate falls to zero over the rest of the time
 EMPTY_CAPTION = 0.1
+SAVE_EVERY = 180.0  # seconds
 
 
 def make_noise_scheduler() -> DDPMScheduler:
@@ -92,8 +93,8 @@ def main() -> None:
     parser.add_argument("--cache", type=Path, required=True)
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--minutes", type=float, default=90, help="of training in all, earlier runs counted in")
-    parser.add_argument("--rate", type=float, default=1e-3)
-    parser.add_argument("--resume", type=Path, help="a checkpoint; by default the one in --out, if there")
+    parser.add_argument("--rate", type=float, default=1.5e-3)
+    parser.add_argument("--resume", type=Path, help="a checkpoint to start from; one in --out is gone on with instead")
     options = parser.parse_args()
     rank, world, device = setup()
     options.out.mkdir(parents=True, exist_ok=True)
@@ -107,17 +108,19 @@ def main() -> None:
     ).to(device)
     average = {name: weight.clone() for name, weight in model.state_dict().items()}
     trained = list(model.parameters())
-    optimizer = torch.optim.AdamW(trained, options.rate, betas=(0.9, 0.99), weight_decay=0.01, fused=True)
+    optimizer = Optimizer(model, rank, world)
     path, step, elapsed, pictures, begun = options.out / "denoiser.pt", 0, 0.0, 0, 0
-    resume = options.resume or path
-    if resume.exists():
-        saved = torch.load(resume, map_location=device)
+    start = path if path.exists() else options.resume
+    if start is not None:
+        saved = torch.load(start, map_location=device)
         model.load_state_dict(saved.get("weights", saved["average"]))
         average = {name: weight.to(average[name].dtype, copy=True) for name, weight in saved["average"].items()}
-        if "optimizer" in saved:
-            optimizer.load_state_dict(saved["optimizer"])
-        step, elapsed, pictures = saved["step"], saved["elapsed"], saved["pictures"]
-        begun = 0 if "optimizer" in saved else step
+        step, pictures = saved["step"], saved["pictures"]
+        if start == path:
+            optimizer.load(options.out)
+            elapsed, begun = saved["elapsed"], saved["begun"]
+        else:  # another run's weights: the stages and the rate start anew
+            begun = step
 
     def save() -> None:
         if rank == 0:
@@ -127,28 +130,32 @@ def main() -> None:
                 "step": step,
                 "elapsed": elapsed,
                 "pictures": pictures,
-                "optimizer": optimizer.state_dict(),
+                "begun": begun,
             }
             torch.save(state, path.with_suffix(".new"))
             path.with_suffix(".new").replace(path)
+        optimizer.save(options.out)
 
     scheduler, batches = make_noise_scheduler(), Batches(options.cache, rank, tokenizer)
-    last, last_save, losses = time.monotonic(), time.monotonic(), []
+    last, last_save, losses = time.monotonic(), elapsed, []
     with tqdm(unit="step", initial=step, disable=rank > 0, mininterval=5) as bar:
         while True:
             clock = torch.tensor([elapsed], dtype=torch.float64)
             if world > 1:
                 dist.broadcast(clock, 0)
             elapsed = float(clock)
+            if elapsed - last_save > SAVE_EVERY:  # by the common clock: all processes at the same step
+                save()
+                last_save = elapsed
             share = elapsed / (options.minutes * 60)
             if share >= 1:
                 break
             factor = min(1.0, (step - begun + 1) / 150) * min(1.0, (1 - share) / (1 - DECAY_FROM))
-            for group in optimizer.param_groups:
-                group["lr"] = options.rate * factor
             latents, tokens = (value.to(device) for value in batches.draw(step, share))
             generator = torch.Generator().manual_seed(step * 64 + rank)
-            times = torch.randint(0, 1000, (len(latents),), generator=generator).to(device)
+            # Evenly spread over the schedule, which halves the noise of the loss.
+            spread = (torch.arange(len(latents)) + torch.rand(len(latents), generator=generator)) / len(latents)
+            times = (spread * 1000).long().to(device)
             noise = torch.randn(latents.shape, generator=generator).to(device)
             noisy = scheduler.add_noise(latents, noise, times)
             target = scheduler.get_velocity(latents, noise, times)
@@ -161,7 +168,7 @@ def main() -> None:
             loss.backward()
             average_gradients(trained, world)
             nn.utils.clip_grad_norm_(trained, 1.0)
-            optimizer.step()
+            optimizer.step(options.rate * factor)
             step += 1
             pictures += len(latents) * world
             now = time.monotonic()
@@ -174,9 +181,6 @@ def main() -> None:
             if step % 50 == 0:
                 bar.set_postfix(loss=f"{np.mean(losses):.4f}", pictures=pictures, minutes=f"{elapsed / 60:.1f}")
                 losses.clear()
-            if now - last_save > 180:
-                save()
-                last_save = now
     save()
     if world > 1:
         dist.destroy_process_group()

@@ -118,7 +118,8 @@ def inspect(path: Path, name: str, variant: str | None = None, without: Collecti
     denoiser = next((part for part in ("unet", "transformer") if part in components), None)
     factor = default_size = None
     if denoiser == "unet" and components.get("vae", ["", ""])[1] in _VAES:
-        blocks = _json(path / "vae" / "config.json", name).get("block_out_channels")
+        vae = _json(path / "vae" / "config.json", name)
+        blocks = vae.get("block_out_channels") or vae.get("decoder_block_out_channels")  # AutoencoderTiny's
         sample = _json(path / "unet" / "config.json", name).get("sample_size")
         factor = 2 ** (len(blocks) - 1) if isinstance(blocks, list) else None
         if factor and sample:

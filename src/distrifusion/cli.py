@@ -13,6 +13,7 @@ import typer
 
 from . import __version__
 from .bench import bench
+from .compare import compare
 from .config import ParallelConfig
 from .errors import ConfigError, RanksDisagree, UnsupportedModel
 
@@ -138,6 +139,7 @@ def models(
 
 
 app.command()(bench)
+app.command()(compare)
 
 
 def run(arguments: list[str] | None = None) -> int:

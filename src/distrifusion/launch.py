@@ -67,17 +67,27 @@ class Group:
 
     ``environment`` comes on top of this process's. The workers are in sessions of their own: a Ctrl-C in the terminal
     reaches this process alone. What they write goes to logs that live as long as the group; `log_tail` reads them.
+    ``monitor_interval`` is how many seconds lie between two looks of the agent at them.
     """
 
-    def __init__(self, num_ranks: int, module: str, function: str, environment: Mapping[str, str]) -> None:
+    def __init__(
+        self,
+        num_ranks: int,
+        module: str,
+        function: str,
+        environment: Mapping[str, str],
+        monitor_interval: float = MONITOR_INTERVAL,
+    ) -> None:
         self.num_ranks = num_ranks
+        self._monitor_interval = monitor_interval
         self.ended = threading.Event()
         """Set when no worker runs any more."""
         self.error: BaseException | None = None
         """Why the agent itself failed; None where it did its work."""
         self._exits: dict[int, Exit] = {}
         self._folder = Path(tempfile.mkdtemp(prefix="distrifusion-"))
-        self._environment = {**environment, "DISTRIFUSION_LOGS": str(self._folder)}
+        own = {"DISTRIFUSION_LOGS": str(self._folder), "DISTRIFUSION_PARENT": str(os.getpid())}
+        self._environment = {**environment, **own}
         self._arguments = ("-c", _ENTRY.format(module=module, function=function))
         # The address is given, or torch would look the host's name up, which takes seconds where no DNS answers.
         self._rendezvous = RendezvousParameters(
@@ -155,7 +165,7 @@ class Group:
                 args=self._arguments,
                 rdzv_handler=handler,
                 max_restarts=0,
-                monitor_interval=MONITOR_INTERVAL,
+                monitor_interval=self._monitor_interval,
                 local_addr="127.0.0.1",
             )
             self._agent = LocalElasticAgent(spec, logs_specs=_Environment(self._environment), exit_barrier_timeout=5)
@@ -168,6 +178,18 @@ class Group:
             if handler is not None:
                 handler.shutdown()
             self.ended.set()
+
+
+def follow_parent() -> None:
+    """For a worker without a channel to its parent: end when the parent has gone without a word, in mid-step too."""
+
+    def watch() -> None:
+        while os.getppid() == int(os.environ["DISTRIFUSION_PARENT"]):
+            time.sleep(1.0)
+        shutil.rmtree(os.environ["DISTRIFUSION_LOGS"], ignore_errors=True)
+        os._exit(1)
+
+    threading.Thread(target=watch, name="distrifusion-parent", daemon=True).start()
 
 
 class _Environment(LogsSpecs):

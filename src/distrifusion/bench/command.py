@@ -44,7 +44,7 @@ def bench(
     cases = cases_for([config.strategy for config in configs], sorted(set(worlds)), threads)
     plan = Plan(model, height // 8, width // 8, batch, cases, rounds, steps, dtype, device)
     console = Console(stderr=True)
-    with Progress(console=console, transient=True, disable=only_json) as progress:
+    with Progress(console=console, transient=True, disable=only_json, refresh_per_second=1) as progress:
         task = progress.add_task("measuring", total=None)
         found = run(plan, lambda done, total: progress.update(task, completed=done, total=total))
     if not only_json:

@@ -26,6 +26,7 @@ from ..pipeline import parallelize, report, restore
 from .workload import Workload, check_name, load
 
 WAIT = 1800.0  # seconds that ranks without a part in a case wait for the others
+LOOK = 1.0  # seconds between two looks at the ranks: whoever looks takes a core from one of them
 
 
 @dataclass(frozen=True)
@@ -203,9 +204,9 @@ def run(plan: Plan, on_progress: Callable[[int, int], None] = lambda done, total
             "DISTRIFUSION_TIMEOUT": str(WAIT),
             "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", "1"),
         }
-        group = Group(plan.world, "distrifusion.bench.measure", "worker", environment)
+        group = Group(plan.world, "distrifusion.bench.measure", "worker", environment, monitor_interval=LOOK)
         try:
-            while not group.wait(0.2):
+            while not group.wait(LOOK):
                 for done, total in _progress(Path(folder)):
                     on_progress(done, total)
             if not result.exists():
@@ -221,7 +222,9 @@ def run(plan: Plan, on_progress: Callable[[int, int], None] = lambda done, total
 def worker() -> None:
     """One rank of `run`: reads the plan, measures, and rank 0 writes the result."""
     from ..comm.torch_dist import TorchComm
+    from ..launch import follow_parent
 
+    follow_parent()
     folder = Path(os.environ["DISTRIFUSION_BENCH"])
     raw = json.loads((folder / "plan.json").read_text())
     plan = Plan(**{**raw, "cases": tuple(Case(**case) for case in raw["cases"])})

@@ -1,5 +1,6 @@
 """Layers that compute on a patch: a module of the model plus its seam. They say what they need, not when it travels."""
 
+from .activation import PatchSiLU
 from .attention import PatchAttention
 from .base import Frame, FrameHolder, Layer
 from .conv import PatchConv
@@ -14,5 +15,6 @@ __all__ = [
     "PatchConv",
     "PatchDownsample",
     "PatchGroupNorm",
+    "PatchSiLU",
     "PatchUpsample",
 ]

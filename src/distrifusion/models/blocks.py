@@ -19,7 +19,16 @@ from diffusers.models.upsampling import Upsample2D
 from torch import nn
 
 from ..geometry import Levels, Window
-from ..layers import FrameHolder, Layer, PatchAttention, PatchConv, PatchDownsample, PatchGroupNorm, PatchUpsample
+from ..layers import (
+    FrameHolder,
+    Layer,
+    PatchAttention,
+    PatchConv,
+    PatchDownsample,
+    PatchGroupNorm,
+    PatchSiLU,
+    PatchUpsample,
+)
 from ..layers.conv import windows
 from .table import Place, Rule, Walk, unsupported
 
@@ -75,7 +84,6 @@ LOCAL: tuple[type, ...] = (
     nn.LayerNorm,
     nn.Dropout,
     nn.Identity,
-    nn.SiLU,
     nn.GELU,
     nn.ReLU,
     nn.Mish,
@@ -109,6 +117,10 @@ def _conv(walk: Walk, module: nn.Module, name: str, place: Place) -> Iterator[La
 
 def _group_norm(walk: Walk, module: nn.Module, name: str, place: Place) -> Iterator[Layer]:
     yield PatchGroupNorm(module, name, walk.holder)
+
+
+def _silu(walk: Walk, module: nn.Module, name: str, place: Place) -> Iterator[Layer]:
+    yield PatchSiLU(module, name, walk.holder)
 
 
 def _attention(walk: Walk, module: Any, name: str, place: Place) -> Iterator[Layer]:
@@ -180,6 +192,7 @@ SEAMS: dict[type, Rule] = {
     nn.Conv2d: _conv,
     nn.AvgPool2d: _conv,
     nn.GroupNorm: _group_norm,
+    nn.SiLU: _silu,
     Attention: _attention,
     Upsample2D: _upsample,
     Downsample2D: _downsample,

@@ -60,6 +60,7 @@ class UNetTable:
             level = yield from block(walk, up_block, f"up_blocks.{i}", level, "upsamplers", -1)
         if model.conv_norm_out is not None:
             yield from walk(model.conv_norm_out, "conv_norm_out", Place(0, 0))
+            yield from walk(model.conv_act, "conv_act", Place(0, 0))
         yield from walk(model.conv_out, "conv_out", Place(0, 0))
 
     def bind(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Call:

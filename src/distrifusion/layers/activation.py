@@ -1,0 +1,32 @@
+"""The activation before a convolution: it writes to where the convolution will read."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .base import Layer, empty_with_room
+
+
+class PatchSiLU(Layer):
+    """``nn.SiLU``: any shape and dtype -> the same; a patch ``[B, C, rows, W]`` gets room for a halo around it.
+
+    Attaching a halo to a patch costs a copy of it, which here is the activation's own write.
+    """
+
+    @property
+    def forward(self) -> Callable[..., Any]:
+        """See Layer."""
+        return self._forward
+
+    def _forward(self, x: Tensor) -> Tensor:
+        module = self.module
+        if x.ndim != 4 or not x.numel() or module.inplace:  # not the picture (the time embedding), or no rows of it
+            plain: Tensor = type(module).forward(module, x)
+            return plain
+        out = empty_with_room(x, self.frame.dim)
+        torch.ops.aten.silu.out(x, out=out)
+        return out
