@@ -20,7 +20,7 @@ def test_the_defaults_are_the_papers() -> None:
 
 @pytest.mark.parametrize("strategy", ["sync", "displaced", "naive"])
 @pytest.mark.parametrize("split", ["rows", "cols"])
-@pytest.mark.parametrize("group_norm", ["corrected", "stale", "separate", "sync"])
+@pytest.mark.parametrize("group_norm", ["corrected", "carried", "stale", "separate", "sync"])
 def test_every_choice_is_accepted(strategy: str, split: str, group_norm: str) -> None:
     config = ParallelConfig(strategy=strategy, split=split, group_norm=group_norm, cfg=2, patch=3, warmup_steps=0)
     assert str(config) == f"strategy={strategy} cfg=2 patch=3 split={split} warmup_steps=0 group_norm={group_norm}"
@@ -38,7 +38,10 @@ def test_every_choice_is_accepted(strategy: str, split: str, group_norm: str) ->
         ({"strategy": "shifted"}, r"strategy='shifted' is not built yet"),
         ({"strategy": "tensor"}, r"strategy='tensor' is not built yet"),
         ({"split": "columns"}, r"split='columns' must be one of 'rows', 'cols'"),
-        ({"group_norm": "exact"}, r"group_norm='exact' must be one of 'corrected', 'stale', 'separate', 'sync'"),
+        (
+            {"group_norm": "exact"},
+            r"group_norm='exact' must be one of 'corrected', 'carried', 'stale', 'separate', 'sync'",
+        ),
         ({"cfg": 3}, r"cfg=3 must be 1 or 2: guidance has two branches"),
         ({"cfg": 0}, r"cfg=0 must be a whole number of at least 1"),
         ({"cfg": True}, r"cfg=True must be a whole number"),

@@ -14,7 +14,7 @@ from distrifusion.comm import Comm
 from distrifusion.comm.slots import Slots
 from distrifusion.exchange import Absent, Exchange, Fresh, Stale
 from distrifusion.geometry import Halo, Split, Window, halo
-from distrifusion.moments import combine, measure
+from distrifusion.moments import CARRY, combine, measure
 
 SPLIT = Split((0, 3, 7, 9))  # three ranks, uneven
 WORLD = 3
@@ -120,11 +120,13 @@ def test_stale_gives_the_step_before_and_the_own_of_this(num_warm: int) -> None:
     on_ranks(rank)
 
 
-@pytest.mark.parametrize(("group_norm", "sends_now"), [("corrected", 0), ("stale", 0), ("separate", 0), ("sync", 2)])
+@pytest.mark.parametrize(
+    ("group_norm", "sends_now"), [("corrected", 0), ("carried", 0), ("stale", 0), ("separate", 0), ("sync", 2)]
+)
 def test_statistics_under_each_setting(group_norm: Any, sends_now: int) -> None:
     def rank(comm: Comm) -> None:
         slots = Slots(comm)
-        pass_seams(Fresh(comm, slots, keeps_moments=group_norm in ("corrected", "stale")), comm, 0)
+        pass_seams(Fresh(comm, slots, keeps_moments=group_norm in ("corrected", "carried", "stale")), comm, 0)
         comm.meter.clear()
         for step in (1, 2):
             _, _, (mean, var) = pass_seams(Stale(comm, slots, group_norm), comm, step)
@@ -142,6 +144,15 @@ def test_statistics_under_each_setting(group_norm: Any, sends_now: int) -> None:
             else:
                 mixed = picture(step - 1)
                 span = SPLIT.span(comm.rank)
+                if group_norm == "carried":  # each peer's patch moved as the own did, as far as CARRY goes
+                    ratio = (mine.var(1, unbiased=False) / mine_before.var(1, unbiased=False)) ** (CARRY / 2)
+                    change = CARRY * (mine.mean(1) - mine_before.mean(1))
+                    for peer in set(range(comm.world)) - {comm.rank}:
+                        theirs = SPLIT.span(peer)
+                        part = groups(mixed[:, :, theirs.start : theirs.stop]).double()
+                        centre = part.mean(1, keepdim=True)
+                        moved = (part - centre) * ratio[:, None] + centre + change[:, None]
+                        mixed[:, :, theirs.start : theirs.stop] = moved.view_as(mixed[:, :, theirs.start : theirs.stop])
                 mixed[:, :, span.start : span.stop] = own(comm, step)
                 wanted_mean, wanted_var = groups(mixed).mean(1).double(), groups(mixed).var(1, unbiased=False).double()
             torch.testing.assert_close(mean.double(), wanted_mean, rtol=1e-5, atol=1e-5)

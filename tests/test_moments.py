@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from distrifusion.moments import combine, correct, measure
+from distrifusion.moments import CARRY, carry, combine, correct, measure
 
 
 def noise(*shape: int, seed: int = 0) -> Tensor:
@@ -122,3 +122,36 @@ def test_an_empty_patch_is_corrected_to_the_peers_moments() -> None:
     wanted_mean, wanted_var = truth(torch.cat(peers, 1))
     assert close(mean, wanted_mean)
     assert close(var, wanted_var)
+
+
+def test_carried_moments_of_a_held_input_are_exact() -> None:
+    own, peers = noise(3, 30), [noise(3, 50, seed=1) + 2, noise(3, 7, seed=2) * 3]
+    mean, var = carry(measure(own), measure(own), [measure(part) for part in peers])
+    wanted_mean, wanted_var = truth(torch.cat([own, *peers], 1))
+    assert close(mean, wanted_mean)
+    assert close(var, wanted_var)
+
+
+@pytest.mark.parametrize(("factor", "shift"), [(0.7, 0.0), (1.3, 0.5), (0.05, -2.0)])
+def test_carried_moments_move_the_peers_as_the_own_patch_moved(factor: float, shift: float) -> None:
+    before, peers = noise(3, 40), [noise(3, 40, seed=1) * 1.5 + 1, noise(3, 20, seed=2) - 0.5]
+    centre = before.mean(1, keepdim=True)
+    now = (before - centre) * factor + centre + shift
+    moved = [
+        (peer - peer.mean(1, keepdim=True)) * factor**CARRY + peer.mean(1, keepdim=True) + CARRY * shift
+        for peer in peers
+    ]
+    mean, var = carry(measure(now), measure(before), [measure(part) for part in peers])
+    wanted_mean, wanted_var = truth(torch.cat([now, *moved], 1))
+    assert close(mean, wanted_mean)
+    assert close(var, wanted_var, 1e-4)  # SMALL beside variances of 1e-3
+
+
+def test_carried_moments_stay_a_variance_where_the_paper_falls_back() -> None:
+    before, now, peers = noise(1, 50) * 3, noise(1, 50, seed=1) * 0.1, [noise(1, 50, seed=2) * 0.1]
+    _, var = carry(measure(now), measure(before), [measure(part) for part in peers])
+    assert 0 < var.item() < 0.1
+    flat = torch.zeros(1, 50)
+    mean, var = carry(measure(flat), measure(flat), [measure(part) for part in peers])
+    assert close(mean, truth(torch.cat([flat, *peers], 1))[0])
+    assert close(var, truth(torch.cat([flat, *peers], 1))[1])

@@ -218,7 +218,7 @@ def seams(name: str, sample: Tensor) -> dict[str, tuple[nn.Module, Tensor]]:
     return found
 
 
-@pytest.mark.parametrize("group_norm", ["corrected", "separate", "sync"])
+@pytest.mark.parametrize("group_norm", ["corrected", "carried", "separate", "sync"])
 @pytest.mark.parametrize("world", [2, 4])
 def test_messages_and_bytes_are_those_that_geometry_predicts(world: int, group_norm: Any) -> None:
     """Even patches on multiples of 2^levels, so that each 3 x 3 convolution needs one row, and nothing is padded."""

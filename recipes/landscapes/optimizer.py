@@ -15,7 +15,7 @@ class Optimizer:
     """Steps a model whose gradients are the same on all processes.
 
     A convolution's weight ``[out, in, k, k]`` counts as the matrix ``[out, in k k]``. Embeddings, norms, biases and
-    thin matrices go to AdamW. Muon's steps are scaled to the size of AdamW's (``match_rms_adamw``): one rate serves both.
+    thin matrices go to AdamW. Muon's steps are scaled to the size of AdamW's (``match_rms_adamw``): one rate for both.
     """
 
     def __init__(self, model: nn.Module, rank: int, world: int) -> None:

@@ -62,7 +62,7 @@ def generate(
     ] = None,
     split: Annotated[str, typer.Option(help="rows or cols of the picture.")] = _DEFAULT.split,
     group_norm: Annotated[
-        str, typer.Option(help="Statistics of displaced steps: corrected, stale, separate or sync.")
+        str, typer.Option(help="Statistics of displaced steps: corrected, carried, stale, separate or sync.")
     ] = _DEFAULT.group_norm,
     warmup_steps: Annotated[
         int, typer.Option(help="Synchronous steps after the first, for displaced.")

@@ -9,7 +9,7 @@ from .errors import ConfigError
 
 StrategyName = Literal["sync", "displaced", "naive", "shifted", "pipelined", "tensor"]
 SplitDim = Literal["rows", "cols"]
-GroupNormMode = Literal["corrected", "stale", "separate", "sync"]
+GroupNormMode = Literal["corrected", "carried", "stale", "separate", "sync"]
 
 BUILT: tuple[StrategyName, ...] = ("sync", "displaced", "naive")
 """Strategies that this release runs; the other names are reserved and refused with a line that says so."""
@@ -26,8 +26,9 @@ class ParallelConfig:
         patch: ranks along the picture; None takes all that ``cfg`` leaves.
         split: ``"rows"`` or ``"cols"`` of the latent.
         warmup_steps: synchronous steps after the first one; ``displaced`` only (0: only the first is synchronous).
-        group_norm: statistics under ``displaced``: ``"corrected"`` (stale sums of the peers, corrected by the own
+        group_norm: statistics under ``displaced``: ``"corrected"`` (the paper's: all patches' old ones, moved by the own
             change),
+            ``"carried"`` (the peers' patches taken to have changed much as the own one; nearer to one device),
             ``"stale"`` (peers' old, own fresh), ``"separate"`` (own only) or ``"sync"`` (exact, waits).
 
     Raises:

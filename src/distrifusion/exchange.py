@@ -21,7 +21,7 @@ from .comm.base import Done
 from .comm.slots import Slots
 from .config import GroupNormMode
 from .geometry import Halo
-from .moments import combine, correct
+from .moments import carry, combine, correct
 
 T = TypeVar("T")
 
@@ -148,8 +148,8 @@ class Fresh(_Named):
 class Stale(_Named):
     """The own patch of this step, the peers' of the step before: DistriFusion. Sends leave in the background.
 
-    ``group_norm``: ``"corrected"`` (the paper's), ``"stale"`` (own fresh, peers old), ``"separate"`` (own only),
-    ``"sync"`` (fresh everywhere: exact statistics, and the wait for them).
+    ``group_norm``: ``"corrected"`` (the paper's), ``"carried"`` (peers old, moved as the own moved), ``"stale"``
+    (own fresh, peers old), ``"separate"`` (own only), ``"sync"`` (fresh everywhere: exact statistics, and the wait for them).
     """
 
     kind = "displaced"
@@ -196,6 +196,8 @@ class Stale(_Named):
         self._slots.own[name] = own
         if self._group_norm == "stale":
             return combine(self._with_own(before, own))
+        if self._group_norm == "carried":
+            return carry(own, own_before, list(before.values()))
         return correct(own, own_before, self._with_own(before, own_before))
 
     def finish(self) -> bool:

@@ -47,6 +47,6 @@ class Displaced:
         """See Strategy."""
         assert state.slots is not None
         if state.step <= self._config.warmup_steps:
-            keeps_moments = self._config.group_norm in ("corrected", "stale")
+            keeps_moments = self._config.group_norm in ("corrected", "carried", "stale")
             return Fresh(self._comm, state.slots, keeps_moments=keeps_moments)
         return Stale(self._comm, state.slots, self._config.group_norm)
