@@ -1,12 +1,12 @@
 # Two commands, each with all of its set-up; quick where that is done already.
-#   make demo    a picture from a prompt, painted by two processes on the CPU, offline: out/demo.png
+#   make demo    three pictures from prompts, painted by two processes on the CPU, offline: out/demo-1.png ...
 #   make test    lint, types, import rules and the test suite
 # PYTHON names the interpreter that makes the environment (3.10 or newer): make test PYTHON=python3.12
 
 PYTHON ?= python3
 VENV ?= .venv
 TORCH ?= torch==2.13.0
-PROMPT ?= snowy mountains at sunset over a lake
+PROMPTS ?= "a red canyon at golden hour" "green hills at golden hour, hot air balloon" "snowy mountains at night, aurora"
 
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
@@ -15,7 +15,10 @@ PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 
 demo: $(VENV)/.installed
 	@mkdir -p out
-	HF_HUB_OFFLINE=1 $(BIN)/distrifusion generate "$(PROMPT)" --nproc 2 --device cpu --guidance-scale 2.5 --seed 0 -o out/demo.png
+	@n=0; for prompt in $(PROMPTS); do \
+	  n=$$((n + 1)); echo "$$prompt"; \
+	  HF_HUB_OFFLINE=1 $(BIN)/distrifusion generate "$$prompt" --nproc 2 --device cpu --guidance-scale 2.5 --seed 0 -o out/demo-$$n.png || exit 1; \
+	done
 
 test: $(VENV)/.installed-dev
 	$(BIN)/ruff check

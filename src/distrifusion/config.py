@@ -26,8 +26,7 @@ class ParallelConfig:
         patch: ranks along the picture; None takes all that ``cfg`` leaves.
         split: ``"rows"`` or ``"cols"`` of the latent.
         warmup_steps: synchronous steps after the first one; ``displaced`` only (0: only the first is synchronous).
-        group_norm: statistics under ``displaced``: ``"corrected"`` (the paper's: all patches' old ones, moved by the own
-            change),
+        group_norm: statistics under ``displaced``: ``"corrected"`` (the paper's: all old, moved by the own change),
             ``"carried"`` (the peers' patches taken to have changed much as the own one; nearer to one device),
             ``"stale"`` (peers' old, own fresh), ``"separate"`` (own only) or ``"sync"`` (exact, waits).
 

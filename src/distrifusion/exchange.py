@@ -149,7 +149,7 @@ class Stale(_Named):
     """The own patch of this step, the peers' of the step before: DistriFusion. Sends leave in the background.
 
     ``group_norm``: ``"corrected"`` (the paper's), ``"carried"`` (peers old, moved as the own moved), ``"stale"``
-    (own fresh, peers old), ``"separate"`` (own only), ``"sync"`` (fresh everywhere: exact statistics, and the wait for them).
+    (own fresh, peers old), ``"separate"`` (own only), ``"sync"`` (fresh everywhere: exact, and the wait).
     """
 
     kind = "displaced"
