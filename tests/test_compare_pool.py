@@ -63,10 +63,12 @@ def test_what_goes_wrong_is_an_error_of_ours(task: int, said: str) -> None:
 
 def test_ctrl_c_ends_the_workers_without_a_word(tmp_path: Path) -> None:
     program = (
+        "import signal\n"
         "from functools import partial\n"
         "from test_compare_pool import make\n"
         "from distrifusion.compare.pool import Pool\n"
         "if __name__ == '__main__':\n"
+        "    signal.signal(signal.SIGINT, signal.default_int_handler)  # whoever runs the tests may ignore it\n"
         "    with Pool(2, partial(make, 0)) as pool:\n"
         "        for answer in pool.run([1, 99, 99]): print(answer, flush=True)\n"
     )
@@ -83,7 +85,10 @@ def test_ctrl_c_ends_the_workers_without_a_word(tmp_path: Path) -> None:
         assert process.stdout is not None
         assert process.stdout.readline().startswith("(1, ")
         os.killpg(process.pid, signal.SIGINT)  # as a terminal does: to all of them
-        _, said = process.communicate(timeout=30)
+        try:
+            _, said = process.communicate(timeout=30)
+        finally:
+            process.kill()
     assert said.count("Traceback") == 1  # this program's own
     assert said.rstrip().endswith("KeyboardInterrupt")
     deadline = time.monotonic() + 30
