@@ -250,7 +250,7 @@ def test_messages_and_bytes_are_those_that_geometry_predicts(world: int, group_n
         assert report.bytes[0] == sum(fresh.values())
         assert report.messages[0] == sum(counts.values())
 
-        late = shared["context"] + (shared["moments"] if group_norm == "corrected" else [])
+        late = shared["context"] + (shared["moments"] if group_norm in ("corrected", "carried") else [])
         chunks = sum(map(aligned, halos)) + sum(map(aligned, late)) * (world - 1)
         stale = {"chunk": chunks, "output": output}
         if group_norm == "sync":
