@@ -109,7 +109,7 @@ def group_norm() -> None:
         print(
             f"| {offset:g} | " + " | ".join(f"{relative(found, truth):.1e}" for found in (ours, naive, unbiased)) + " |"
         )
-    print("\nThe correction about the own mean, then the formula as printed, against float64; mean / deviation 30:")
+    print("\nThe correction in means and variances, then the formula as printed, against float64; mean / deviation 30:")
     before = [torch.randn(32, 640) + 30 for _ in range(3)]
     now = before[0] + 0.1 * torch.randn(32, 640) + 0.05
     _, var = correct(measure(now), measure(before[0]), [measure(p) for p in before])

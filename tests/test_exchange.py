@@ -12,7 +12,7 @@ from torch import Tensor
 import distrifusion as df
 from distrifusion.comm import Comm
 from distrifusion.comm.slots import Slots
-from distrifusion.exchange import Absent, Exchange, Fresh, Stale
+from distrifusion.exchange import Absent, Exchange, Fresh, Stale, uses_old_moments
 from distrifusion.geometry import Halo, Split, Window, halo
 from distrifusion.moments import CARRY, combine, measure
 
@@ -126,7 +126,7 @@ def test_stale_gives_the_step_before_and_the_own_of_this(num_warm: int) -> None:
 def test_statistics_under_each_setting(group_norm: Any, sends_now: int) -> None:
     def rank(comm: Comm) -> None:
         slots = Slots(comm)
-        pass_seams(Fresh(comm, slots, keeps_moments=group_norm in ("corrected", "carried", "stale")), comm, 0)
+        pass_seams(Fresh(comm, slots, keeps_moments=uses_old_moments(group_norm)), comm, 0)
         comm.meter.clear()
         for step in (1, 2):
             _, _, (mean, var) = pass_seams(Stale(comm, slots, group_norm), comm, step)

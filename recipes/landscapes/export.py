@@ -95,14 +95,11 @@ def export(pipeline: StableDiffusionPipeline, folder: Path) -> None:
 
 def write_checkpoint(autoencoder_path: Path, denoiser_path: Path, folder: Path) -> None:
     """The state to train on from, without the optimizer: float16 averages (the training starts from them)."""
-    for path, names in ((autoencoder_path, ("weights",)), (denoiser_path, ("average",))):
+    for path, name, to in ((autoencoder_path, "weights", "autoencoder.pt"), (denoiser_path, "average", "denoiser.pt")):
         saved = torch.load(path, map_location="cpu")
-        small = {name: saved[name] for name in saved if isinstance(saved[name], int | float)}
-        for name in names:
-            small[name] = {
-                key: value.half() if value.is_floating_point() else value for key, value in saved[name].items()
-            }
-        torch.save(small, folder / path.name)
+        small = {key: value for key, value in saved.items() if isinstance(value, int | float)}
+        small[name] = {key: value.half() if value.is_floating_point() else value for key, value in saved[name].items()}
+        torch.save(small, folder / to)
 
 
 def main() -> None:

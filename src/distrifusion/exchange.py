@@ -145,6 +145,11 @@ class Fresh(_Named):
         return True
 
 
+def uses_old_moments(group_norm: GroupNormMode) -> bool:
+    """Whether `Stale` will ask for the moments of the step before, so that synchronous steps must keep them."""
+    return group_norm not in ("separate", "sync")
+
+
 class Stale(_Named):
     """The own patch of this step, the peers' of the step before: DistriFusion. Sends leave in the background.
 

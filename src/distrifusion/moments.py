@@ -51,7 +51,7 @@ def correct(own: Tensor, own_before: Tensor, before: Sequence[Tensor]) -> tuple[
     return mean + ahead, torch.where(corrected < 0, var, corrected)
 
 
-CARRY = 0.75  # of the own change: that of other patches is alike, not equal (docs/numerics.md has the comparison)
+CARRY = 0.75  # of the own change: that of other patches is alike, not equal
 SMALL = 1e-6  # of variances, so that a patch of one colour has a ratio
 
 

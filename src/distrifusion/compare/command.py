@@ -38,7 +38,9 @@ def compare(
     ] = None,
     group_norm: Annotated[
         list[str] | None,
-        typer.Option(help="Of displaced: corrected, stale, separate, sync; may be given again. Default: corrected."),
+        typer.Option(
+            help="Of displaced: corrected, carried, stale, separate, sync; may be given again. Default: corrected."
+        ),
     ] = None,
     split: Annotated[str, typer.Option(help="rows or cols of the picture.")] = "rows",
     cfg: Annotated[int, typer.Option(help="2: the branches of guidance on separate ranks.")] = 1,
@@ -114,8 +116,8 @@ def compare(
         return
     from rich.console import Console
 
-    is_narrow = Console().is_terminal  # a file or a pipe has no width of its own
-    Console(width=None if is_narrow else 200).print(table(found))
+    has_width = Console().is_terminal  # a file or a pipe has none of its own
+    Console(width=None if has_width else 200).print(table(found))
     written = ["report.html", "metrics.json"] + ([] if folders else ["pictures/"])
     for line in [*found["notes"], *(f"wrote {output / name}" for name in written)]:
         typer.echo(line)

@@ -19,7 +19,7 @@ from ..comm import Comm, run_ranks
 from ..config import ParallelConfig
 from ..errors import UnsupportedModel
 from ..painter import Painter, Setup
-from ..pipeline import parallelize, report, restore
+from ..pipeline import DENOISERS, parallelize, report, restore
 from .plan import Case, Plan
 
 PATIENCE = 3600.0  # seconds that ranks wait for each other: rank 0 also decodes, on a machine that may be busy
@@ -125,7 +125,7 @@ def twin(pipeline: Any) -> Any:
     """
     double = copy.copy(pipeline)
     for name, part in pipeline.components.items():
-        if isinstance(part, nn.Module) and name in ("unet", "transformer", "transformer_2"):
+        if isinstance(part, nn.Module) and name in DENOISERS:
             shared = {id(tensor): tensor for tensor in [*part.parameters(), *part.buffers()]}
             object.__setattr__(double, name, copy.deepcopy(part, shared))  # not the pipeline's own: it notes classes
     object.__setattr__(double, "scheduler", copy.deepcopy(pipeline.scheduler))

@@ -5,7 +5,7 @@ from __future__ import annotations
 from ..comm import Comm
 from ..comm.slots import Slots
 from ..config import ParallelConfig
-from ..exchange import Exchange, Fresh, Stale
+from ..exchange import Exchange, Fresh, Stale, uses_old_moments
 from .base import State
 
 
@@ -47,6 +47,6 @@ class Displaced:
         """See Strategy."""
         assert state.slots is not None
         if state.step <= self._config.warmup_steps:
-            keeps_moments = self._config.group_norm in ("corrected", "carried", "stale")
+            keeps_moments = uses_old_moments(self._config.group_norm)
             return Fresh(self._comm, state.slots, keeps_moments=keeps_moments)
         return Stale(self._comm, state.slots, self._config.group_norm)
