@@ -63,14 +63,15 @@ def test_what_goes_wrong_is_an_error_of_ours(task: int, said: str) -> None:
 
 def test_ctrl_c_ends_the_workers_without_a_word(tmp_path: Path) -> None:
     program = (
-        "import signal\n"
+        "import multiprocessing, signal\n"
         "from functools import partial\n"
         "from test_compare_pool import make\n"
         "from distrifusion.compare.pool import Pool\n"
         "if __name__ == '__main__':\n"
         "    signal.signal(signal.SIGINT, signal.default_int_handler)  # whoever runs the tests may ignore it\n"
         "    with Pool(2, partial(make, 0)) as pool:\n"
-        "        for answer in pool.run([1, 99, 99]): print(answer, flush=True)\n"
+        "        for _ in pool.run([1, 99, 99]):\n"
+        "            print(*(worker.pid for worker in multiprocessing.active_children()), flush=True)\n"
     )
     (tmp_path / "program.py").write_text(program)
     environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parent)}
@@ -83,8 +84,12 @@ def test_ctrl_c_ends_the_workers_without_a_word(tmp_path: Path) -> None:
         env=environment,
     ) as process:
         assert process.stdout is not None
-        assert process.stdout.readline().startswith("(1, ")
-        os.killpg(process.pid, signal.SIGINT)  # as a terminal does: to all of them
+        workers = [int(pid) for pid in process.stdout.readline().split()]
+        assert len(workers) == 2
+        for pid in workers:  # as a terminal does, but to them first: the parent would end them before they can speak
+            os.kill(pid, signal.SIGINT)
+        time.sleep(0.5)
+        os.killpg(process.pid, signal.SIGINT)
         try:
             _, said = process.communicate(timeout=30)
         finally:

@@ -8,6 +8,7 @@ import signal
 import threading
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
+from multiprocessing import resource_tracker
 from multiprocessing.connection import Connection, wait
 from multiprocessing.process import BaseProcess
 from types import TracebackType
@@ -83,6 +84,7 @@ class Pool(Generic[T, R]):
 
     def _start(self, num: int) -> None:
         context = multiprocessing.get_context("spawn")  # torch's threads do not survive a fork
+        resource_tracker.ensure_running()  # or it starts with the first worker, and unblocks SIGINT when it does
         for _ in range(num):
             ours, theirs = context.Pipe()
             worker = context.Process(target=_work, args=(self._make, theirs), daemon=True)
