@@ -8,6 +8,8 @@ import pytest
 import torch
 
 from distrifusion.comm import Comm, Pending
+from distrifusion.comm.protocol import EVERYONE
+from distrifusion.comm.route import Layout
 from distrifusion.config import ParallelConfig
 from distrifusion.errors import ConfigError
 from distrifusion.mesh import Mesh
@@ -188,6 +190,52 @@ def many_in_flight(comm: Comm, order: str) -> None:
 @pytest.mark.parametrize("order", ["in order", "backwards", "each its own"])
 def test_many_in_flight_waited_in_any_order_and_twice(ranks, world, order):
     ranks.run(world, many_in_flight, order)
+
+
+# --- routes
+
+
+def routes(comm: Comm, shared: list[int]) -> None:
+    """A turn's words are what was last written, and stay while the next turn's are written; two routes do not mix."""
+    to = {peer: 1000 + 10 * comm.rank + peer for peer in range(comm.world) if peer == comm.rank + 1}  # one way
+    from_ = {peer: 1000 + 10 * peer + comm.rank for peer in range(comm.world) if peer == comm.rank - 1}
+    layouts = [Layout(to, from_, shared), Layout({}, {}, [3] * comm.world)]
+    opened = [comm.route(layout, kind="chunk") for layout in layouts]
+    comm.meter.clear()
+    inboxes: list[Any] = [None] * len(layouts)
+    for turn in range(5):
+        for place, (layout, route) in enumerate(zip(layouts, opened, strict=True)):
+            for peer, words in route.outbox.direct.items():
+                words.copy_(numbers(turn, place, comm.rank, peer, size=words.numel(), dtype=torch.uint8))
+            if turn:  # what came before was not touched by the writing
+                check_inbox(comm, inboxes[place], layout, turn - 1, place)
+            with torch.inference_mode(turn % 2 == 0):
+                route.launch()
+        for place, (layout, route) in enumerate(zip(layouts, opened, strict=True)):
+            inboxes[place] = route.wait()
+            check_inbox(comm, inboxes[place], layout, turn, place)
+            assert route.wait() is not None  # waiting again changes nothing
+    messages = len(to) + 1 + any(shared)
+    num_bytes = sum(to.values()) + (3 + max(shared)) * (comm.world - 1)
+    assert comm.meter.messages == {"chunk": 5 * messages}
+    assert comm.meter.bytes == {"chunk": 5 * num_bytes}
+
+
+def check_inbox(comm: Comm, box: Any, layout: Layout, turn: int, place: int) -> None:
+    wanted = {
+        peer: numbers(turn, place, peer, comm.rank, size=size, dtype=torch.uint8)
+        for peer, size in layout.recvs.items()
+    }
+    assert_same(box.direct, wanted)
+    for peer, size in enumerate(layout.shared):
+        if peer != comm.rank and size:
+            assert torch.equal(box.shared[peer], numbers(turn, place, peer, EVERYONE, size=size, dtype=torch.uint8))
+
+
+@pytest.mark.parametrize("world", [2, 3, 5])
+@pytest.mark.parametrize("own", ["nothing", "unequal"])
+def test_routes_carry_the_same_messages_again_and_again(ranks, world, own):
+    ranks.run(world, routes, [0] * world if own == "nothing" else [100 * rank for rank in range(world)])
 
 
 # --- objects, broadcast, barrier

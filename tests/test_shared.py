@@ -1,4 +1,4 @@
-"""Lanes of shared memory: a stream that wraps, flow control, and a dead writer told from a slow one."""
+"""Lanes and routes of shared memory: a stream that wraps, flow control, a dead writer told from a slow one."""
 
 import fcntl
 from pathlib import Path
@@ -6,8 +6,11 @@ from pathlib import Path
 import pytest
 import torch
 
-from distrifusion.comm import shared
+import distrifusion as df
+from distrifusion.comm import shared, shared_route
+from distrifusion.comm.route import Layout
 from distrifusion.comm.shared import Lane, _Parcel, open_shared
+from distrifusion.comm.shared_route import SharedRoute, open_shared_route
 
 pytestmark = pytest.mark.skipif(not Path("/dev/shm").is_dir(), reason="no /dev/shm on this system")
 
@@ -87,3 +90,28 @@ def test_ranks_that_do_not_see_each_others_files_have_no_shared_channel(tmp_path
     answers = iter([[{1: "x"}, {0: str(tmp_path / "elsewhere")}], [False, True]])
     assert open_shared(None, 0, 2, lambda value: next(answers)) is None
     assert list(tmp_path.iterdir()) == []
+
+
+def test_without_room_ranks_have_no_shared_route_and_leave_nothing_behind(tmp_path, monkeypatch):
+    def full(*args):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(shared_route, "FOLDER", tmp_path)
+    monkeypatch.setattr(shared_route.os, "posix_fallocate", full)
+    layout = Layout({1: 8}, {1: 8}, [0, 0])
+    assert open_shared_route(layout, 0, lambda value: [value, value], None, None) is None
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_peer_at_another_turn_of_a_route_is_told():
+    class Heard:
+        def __init__(self, into):
+            self.into = into
+
+        def wait(self):
+            self.into[1].fill_(7)
+
+    route = SharedRoute([None, None], [None, None], [1], lambda sends, recvs: Heard(recvs), lambda: None)
+    route.launch()
+    with pytest.raises(df.RanksDisagree, match="rank 1 of the group is at turn 7 of a route, not 1"):
+        route.wait()

@@ -204,7 +204,9 @@ def test_send_and_receive_memory_are_distinct(world: int) -> None:
             slots.finish()
         slots.drain()
         sent = {
-            buffer.untyped_storage().data_ptr() for chunk in slots._chunks for buffer in chunk.sends.tensors.values()
+            buffer.untyped_storage().data_ptr()
+            for chunk in slots._chunks
+            for buffer in chunk._route.outbox.direct.values()
         }
         assert sent
         assert not sent & received

@@ -13,7 +13,8 @@ from torch import Tensor
 
 from ..errors import ConfigError
 from .meter import Meter
-from .protocol import Pending
+from .protocol import Pending, Route
+from .route import Layout, PlainRoute
 
 T = TypeVar("T")
 
@@ -42,6 +43,10 @@ class BaseComm:
     meter: Meter
     timeout: float
 
+    def swap(self, sends: Mapping[int, Tensor], recvs: Mapping[int, Tensor], *, kind: str) -> Pending[None]:
+        """See `Comm.swap`."""
+        raise NotImplementedError
+
     def all_gather(self, own: Tensor, sizes: Sequence[int], *, kind: str) -> Pending[list[Tensor]]:
         """See `Comm.all_gather`."""
         raise NotImplementedError
@@ -49,6 +54,10 @@ class BaseComm:
     def broadcast(self, tensor: Tensor, root: int = 0) -> None:
         """See `Comm.broadcast`."""
         raise NotImplementedError
+
+    def route(self, layout: Layout, *, kind: str) -> Route:
+        """See `Comm.route`."""
+        return PlainRoute(self, layout, kind)
 
     @property
     def _control(self) -> torch.device:

@@ -7,12 +7,18 @@ and torch.distributed. A communicator knows nothing of layers, steps or freshnes
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any, Protocol, TypeVar
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
 import torch
 from torch import Tensor
 
 from .meter import Meter
+
+if TYPE_CHECKING:
+    from .route import Layout
+
+EVERYONE = -1  # the receiver of what every peer gets
 
 T_co = TypeVar("T_co", covariant=True)
 
@@ -27,6 +33,40 @@ class Pending(Protocol[T_co]):
 
         Raises:
             PeerLost: a peer died, or did not answer within the communicator's timeout.
+        """
+        ...
+
+
+@dataclass(eq=False)
+class Box:
+    """The messages of one turn of a route, as bytes: by receiver or sender."""
+
+    direct: Mapping[int, Tensor]
+    shared: Mapping[int, Tensor] = field(default_factory=dict)  # by sender: what it said to all
+    views: list[Tensor] | None = None  # what the route's user has cut out of it; it lives as long as the memory
+
+
+class Route(Protocol):
+    """Messages of fixed sizes between the ranks, sent again and again. See `Layout`.
+
+    Each turn: write ``outbox``, ``launch``, and later ``wait``. One turn is under way at a time, and it was waited for
+    before the next outbox is written.
+    """
+
+    @property
+    def outbox(self) -> Box:
+        """Where the next turn's words are written, by receiver, `EVERYONE` among them. Ask anew after each launch."""
+        ...
+
+    def launch(self) -> None:
+        """Send the outbox. What the last ``wait`` returned may be overwritten from now on."""
+        ...
+
+    def wait(self) -> Box:
+        """What the peers said, until the next ``launch``.
+
+        Raises:
+            PeerLost: as `Pending.wait`.
         """
         ...
 
@@ -60,6 +100,10 @@ class Comm(Protocol):
         Sizes may differ and may be 0; they are the same list on all ranks. One dtype, contiguous. The result's own part
         is equal to ``own``. Counts one message.
         """
+        ...
+
+    def route(self, layout: Layout, *, kind: str) -> Route:
+        """Open a route. Collective: all ranks call it. Each launch counts as a swap and an all-gather would."""
         ...
 
     def all_gather_object(self, value: Any) -> list[Any]:

@@ -23,7 +23,7 @@ from pathlib import Path
 from time import perf_counter, sleep
 from typing import Any
 
-import torch
+import numpy as np
 from torch import Tensor
 
 FOLDER = Path("/dev/shm")
@@ -52,7 +52,7 @@ class Lane:
                 raise
         memory = mmap.mmap(self._file, 0)
         self._words = memoryview(memory).cast("Q")
-        self._ring = torch.frombuffer(memory, dtype=torch.uint8)[HEADER:]
+        self._ring = np.frombuffer(memory, dtype=np.uint8)[HEADER:]
         self._queue: deque[_Parcel] = deque()
 
     def add(self, parcel: _Parcel) -> None:
@@ -67,14 +67,14 @@ class Lane:
             parcel = self._queue[0]
             at = self._words[WRITTEN if self._is_writer else READ]
             other = self._words[READ if self._is_writer else WRITTEN]
-            room = self._ring.numel() - (at - other) if self._is_writer else other - at
-            count = min(room, parcel.data.numel() - parcel.moved)
+            room = self._ring.size - (at - other) if self._is_writer else other - at
+            count = min(room, parcel.data.size - parcel.moved)
             if count:
                 self._copy(at, parcel, count)
                 # After the copy: this store is what lets the other rank touch these bytes.
                 self._words[WRITTEN if self._is_writer else READ] = at + count
                 moved = True
-            if parcel.moved < parcel.data.numel():
+            if parcel.moved < parcel.data.size:
                 break
             parcel.is_done = True
             self._queue.popleft()
@@ -111,16 +111,16 @@ class Lane:
             self.path.unlink()
 
     def _copy(self, at: int, parcel: _Parcel, count: int) -> None:
-        start = at % self._ring.numel()
-        first = min(count, self._ring.numel() - start)
+        start = at % self._ring.size
+        first = min(count, self._ring.size - start)
         for offset, length in ((start, first), (0, count - first)):
             if length:
                 ring = self._ring[offset : offset + length]
                 data = parcel.data[parcel.moved : parcel.moved + length]
                 if self._is_writer:
-                    ring.copy_(data)
+                    ring[:] = data
                 else:
-                    data.copy_(ring)
+                    data[:] = ring
                 parcel.moved += length
 
 
@@ -128,7 +128,8 @@ class _Parcel:
     """One message on its way into or out of a ring."""
 
     def __init__(self, data: Tensor) -> None:
-        self.data = data
+        # An array, not a tensor: one made in inference mode could not be written to after it.
+        self.data = data.numpy()
         self.moved = 0
         self.is_done = False
 

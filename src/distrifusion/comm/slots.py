@@ -7,13 +7,14 @@ written (``post``) once per step; a chunk leaves as soon as its last name is wri
 read in the next step.
 
 Each chunk is one message per neighbour for what only neighbours get, and one all-gather for what all get; with two
-ranks these are the same peer, and one message carries both. Send buffers and received slots are different memory,
-allocated once per picture: one step's bytes each. The cut is computed from sizes that all ranks know, so all ranks
+ranks these are the same peer, and one message carries both. A chunk travels on a `Route`, opened once per picture: what
+is sent and what was received are different memory. The cut is computed from sizes that all ranks know, so all ranks
 cut alike.
 """
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from itertools import accumulate
@@ -22,34 +23,12 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .protocol import Comm, Pending
+from .protocol import EVERYONE, Comm
+from .route import Layout
 
 MAX_MESSAGES = 8  # per rank and displaced step, the gathered output included
 MAX_CHUNKS = 4  # more would only add messages: with 4, each has at least three quarters of a step to arrive
 ALIGN = 16  # bytes: views of any dtype into one byte buffer stay aligned
-
-_ALL = -1  # the receiver of what every peer gets
-
-
-class _Buffers:
-    """Byte buffers, one per lane (a peer, or all), in which tensors have fixed places."""
-
-    def __init__(self) -> None:
-        self.sizes: dict[int, int] = {}  # bytes
-        self.tensors: dict[int, Tensor] = {}
-
-    def place(self, lane: int, like: _Spec) -> int:
-        """Reserve room in ``lane``; returns its offset."""
-        offset = self.sizes.get(lane, 0)
-        self.sizes[lane] = offset + -(-like.num_bytes // ALIGN) * ALIGN
-        return offset
-
-    def allocate(self, device: torch.device) -> None:
-        self.tensors = {lane: torch.empty(size, dtype=torch.uint8, device=device) for lane, size in self.sizes.items()}
-
-    def view(self, lane: int, offset: int, like: _Spec) -> Tensor:
-        room = self.tensors[lane][offset : offset + like.num_bytes]
-        return room.view(like.dtype).view(like.shape)
 
 
 class _Spec(NamedTuple):
@@ -61,69 +40,100 @@ class _Spec(NamedTuple):
         return self.shape.numel() * self.dtype.itemsize
 
 
+class _Place(NamedTuple):
+    """Where a tensor lies in the bytes of a message."""
+
+    lane: int  # receiver (EVERYONE for what all get), or sender
+    offset: int
+    spec: _Spec
+
+    def view(self, messages: Mapping[int, Tensor]) -> Tensor:
+        room = messages[self.lane][self.offset : self.offset + self.spec.num_bytes]
+        return room.view(self.spec.dtype).view(self.spec.shape)
+
+
+class _Packing:
+    """Gives tensors fixed places in messages."""
+
+    def __init__(self) -> None:
+        self.sizes: dict[int, int] = {}  # bytes of each message
+
+    def place(self, lane: int, spec: _Spec) -> _Place:
+        offset = self.sizes.get(lane, 0)
+        self.sizes[lane] = offset + -(-spec.num_bytes // ALIGN) * ALIGN
+        return _Place(lane, offset, spec)
+
+    @property
+    def filled(self) -> dict[int, int]:
+        """Bytes of the messages that have any."""
+        return {lane: size for lane, size in self.sizes.items() if size}
+
+
 @dataclass
 class _Entry:
     """One name: what peers said under it, and the layout of what is said to them."""
 
     received: dict[int, Tensor]  # peer -> its words of the step before
-    outgoing: dict[int, _Spec]  # peer, or _ALL alone
+    outgoing: dict[int, _Spec]  # peer, or EVERYONE alone
     links: frozenset[tuple[int, int]]  # every (sender, receiver) of the name over all ranks; empty: all to all
     weight: int  # bytes that travel under the name between all ranks, the same number on each
     chunk: int = -1
-    posts: dict[int, Tensor] = field(default_factory=dict)  # views into the send buffers
+    posts: dict[int, int] = field(default_factory=dict)  # receiver -> index of the view in the chunk's outbox
 
 
 class _Chunk:
-    """Names that travel together."""
+    """Names that travel together, on one route."""
 
     def __init__(self, comm: Comm, entries: list[_Entry]) -> None:
         self.num_posted = 0
-        self.sends = _Buffers()  # by receiver
-        self._comm = comm
-        self._entries = entries
-        self._recvs = _Buffers()  # by sender, point to point
-        self._gathered = _Buffers()  # by sender; the tensors are the result of the all-gather
-        self._arrivals: list[tuple[_Entry, int, _Buffers, int, _Spec]] = []
-        self._pending: list[Pending[None]] = []
-        self._gathering: Pending[list[Tensor]] | None = None
-        places = [(e, lane, self.sends.place(lane, spec), spec) for e in entries for lane, spec in e.outgoing.items()]
-        self.sends.allocate(comm.device)
-        for entry, lane, offset, spec in places:
-            entry.posts[lane] = self.sends.view(lane, offset, spec)
+        self._num_entries = len(entries)
+        self._is_under_way = False
+        packings = sends, direct, shared = _Packing(), _Packing(), _Packing()
+        self._posts: list[_Place] = []
+        self._arrivals: list[tuple[_Entry, _Place, bool]] = []  # whether it was said to all
         for entry in entries:
-            buffers = self._gathered if _ALL in entry.outgoing else self._recvs
+            for lane, spec in entry.outgoing.items():
+                entry.posts[lane] = len(self._posts)
+                self._posts.append(sends.place(lane, spec))
             for peer, words in entry.received.items():
-                spec = _Spec(words.shape, words.dtype)
-                self._arrivals.append((entry, peer, buffers, buffers.place(peer, spec), spec))
-        self._recvs.allocate(comm.device)
-        shared = {**self._gathered.sizes, comm.rank: self.sends.sizes.get(_ALL, 0)}
-        self._shared_sizes = [shared.get(rank, 0) for rank in range(comm.world)]
+                to_all = EVERYONE in entry.outgoing
+                place = packings[1 + to_all].place(peer, _Spec(words.shape, words.dtype))
+                self._arrivals.append((entry, place, to_all))
+        to_everyone = sends.sizes.pop(EVERYONE, 0)
+        sizes = {**shared.sizes, comm.rank: to_everyone}
+        layout = Layout(sends.filled, direct.filled, [sizes.get(rank, 0) for rank in range(comm.world)])
+        self.num_bytes = sum(sends.sizes.values()) + to_everyone
+        self._route = comm.route(layout, kind="chunk")
+        self._nothing = torch.empty(0, dtype=torch.uint8, device=comm.device)
 
     @property
     def is_full(self) -> bool:
-        return self.num_posted == len(self._entries)
+        return self.num_posted == self._num_entries
+
+    def post(self, index: int) -> Tensor:
+        """Where the words of `_Entry.posts` are written in this step."""
+        box = self._route.outbox
+        if box.views is None:
+            messages = defaultdict(lambda: self._nothing, box.direct)
+            box.views = [place.view(messages) for place in self._posts]
+        return box.views[index]
 
     def launch(self) -> None:
         """Send what was written and receive what the peers wrote, in the background."""
-        sends = {peer: words for peer, words in self.sends.tensors.items() if peer != _ALL and words.numel()}
-        recvs = {peer: words for peer, words in self._recvs.tensors.items() if words.numel()}
-        if sends or recvs:
-            self._pending.append(self._comm.swap(sends, recvs, kind="chunk"))
-        if any(self._shared_sizes):
-            self._gathering = self._comm.all_gather(self.sends.tensors[_ALL], self._shared_sizes, kind="chunk")
+        self._route.launch()
+        self._is_under_way = True
         self.num_posted = 0
 
     def arrive(self) -> None:
         """Wait for what was launched, if anything is under way, and hand each name its words."""
-        if not self._pending and self._gathering is None:
+        if not self._is_under_way:
             return
-        for pending in self._pending:
-            pending.wait()
-        if self._gathering is not None:
-            self._gathered.tensors = dict(enumerate(self._gathering.wait()))
-        self._pending, self._gathering = [], None
-        for entry, peer, buffers, offset, spec in self._arrivals:
-            entry.received[peer] = buffers.view(peer, offset, spec)
+        box, self._is_under_way = self._route.wait(), False
+        if box.views is None:
+            direct, shared = (defaultdict(lambda: self._nothing, part) for part in (box.direct, box.shared))
+            box.views = [place.view(shared if to_all else direct) for _, place, to_all in self._arrivals]
+        for (entry, place, _), words in zip(self._arrivals, box.views, strict=True):
+            entry.received[place.lane] = words
 
 
 class Slots:
@@ -141,8 +151,8 @@ class Slots:
 
     @property
     def num_bytes(self) -> int:
-        """Bytes of the send buffers: one step's words."""
-        return sum(sum(chunk.sends.sizes.values()) for chunk in self._chunks)
+        """Bytes of one step's words, as they are sent."""
+        return sum(chunk.num_bytes for chunk in self._chunks)
 
     def keep(
         self,
@@ -170,7 +180,7 @@ class Slots:
         if comm.world == 2:
             self.keep(key, {1 - comm.rank: own}, received, links=frozenset({(0, 1), (1, 0)}), weight=weight)
         else:
-            self.keep(key, {_ALL: own}, received, links=frozenset(), weight=weight)
+            self.keep(key, {EVERYONE: own}, received, links=frozenset(), weight=weight)
 
     def read(self, key: str) -> dict[int, Tensor]:
         """Peer -> its words under ``key`` in the step before.
@@ -188,20 +198,21 @@ class Slots:
     def post(self, key: str, outgoing: Mapping[int, Tensor]) -> None:
         """Write this step's words under ``key`` into the chunk, after ``read`` of the same name."""
         entry = self._entries[key]
+        chunk = self._chunks[entry.chunk]
         for peer, words in outgoing.items():
-            entry.posts[peer].copy_(words)
-        self._posted(entry)
+            chunk.post(entry.posts[peer]).copy_(words)
+        self._posted(chunk)
 
     def post_shared(self, key: str, *words: Tensor) -> None:
         """Write this step's words for everyone under ``key``: tensors to stand side by side along their last dim."""
         entry = self._entries[key]
-        room = entry.posts[1 - self._comm.rank if self._comm.world == 2 else _ALL]
+        chunk = self._chunks[entry.chunk]
+        room = chunk.post(entry.posts[1 - self._comm.rank if self._comm.world == 2 else EVERYONE])
         for part, own in zip(torch.split(room, [own.shape[-1] for own in words], -1), words, strict=True):
             part.copy_(own)
-        self._posted(entry)
+        self._posted(chunk)
 
-    def _posted(self, entry: _Entry) -> None:
-        chunk = self._chunks[entry.chunk]
+    def _posted(self, chunk: _Chunk) -> None:
         chunk.num_posted += 1
         if chunk.is_full:
             self._due = chunk

@@ -10,6 +10,7 @@ import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from datetime import timedelta
+from functools import partial
 from time import perf_counter
 from traceback import clear_frames
 from typing import Any
@@ -24,8 +25,10 @@ from .base import BaseComm, Done, as_bytes, default_timeout
 from .channels import Channel, DeviceChannel, GlooChannel, Lines, UnderWay
 from .environment import backend_of, device_of, pick_device, read_environment
 from .meter import Meter
-from .protocol import Pending
-from .shared import open_shared
+from .protocol import Pending, Route
+from .route import Layout
+from .shared import SharedChannel, open_shared
+from .shared_route import open_shared_route
 
 _OPEN: set[TorchComm] = set()  # those not split off, until they are closed
 RENDEZVOUS_SECONDS = 300.0  # ranks may arrive minutes apart: they import, compile, download
@@ -175,6 +178,9 @@ class TorchComm(BaseComm):
             return Done(None)
         for peer, data in out:
             self.meter.sent(kind, peer, data.numel())
+        return self._swap(out, into)
+
+    def _swap(self, out: list[tuple[int, Tensor]], into: list[tuple[int, Tensor]]) -> Pending[None]:
         wire = self._channel((out or into)[0][1])
         with self._losing(self._named([peer for peer, _ in (*out, *into)])):
             works = wire.swap(out, into)
@@ -197,6 +203,27 @@ class TorchComm(BaseComm):
             work, parts = wire.gather(data, self.world)
         result = [part[: size * item].view(own.dtype) for part, size in zip(parts, sizes, strict=True)]
         return _Launched(self, wire, [(work, others)], [data, *parts], result)
+
+    def route(self, layout: Layout, *, kind: str) -> Route:
+        """See `Comm.route`. Ranks that share memory read each other's words in place."""
+        if isinstance(self._wire, SharedChannel):
+            route = open_shared_route(
+                layout, self.rank, self.all_gather_object, self._tell, partial(self._count, layout, kind)
+            )
+            if route is not None:
+                return route
+        return super().route(layout, kind=kind)
+
+    def _tell(self, sends: Mapping[int, Tensor], recvs: Mapping[int, Tensor]) -> Pending[None]:
+        self._lines.check()
+        parcels = ([(peer, as_bytes(tensor)) for peer, tensor in side.items()] for side in (sends, recvs))
+        return self._swap(*parcels) if sends or recvs else Done(None)
+
+    def _count(self, layout: Layout, kind: str) -> None:
+        for peer, num_bytes in layout.sends.items():
+            self.meter.sent(kind, peer, num_bytes)
+        if layout.says_to_all:
+            self.meter.gathered(kind, max(layout.shared), self.world - 1)
 
     def broadcast(self, tensor: Tensor, root: int = 0) -> None:
         """See `Comm.broadcast`."""
