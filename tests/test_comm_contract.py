@@ -223,8 +223,7 @@ def routes(comm: Comm, shared: list[int]) -> None:
 
 def check_inbox(comm: Comm, box: Any, layout: Layout, turn: int, place: int) -> None:
     wanted = {
-        peer: numbers(turn, place, peer, comm.rank, size=size, dtype=torch.uint8)
-        for peer, size in layout.recvs.items()
+        peer: numbers(turn, place, peer, comm.rank, size=size, dtype=torch.uint8) for peer, size in layout.recvs.items()
     }
     assert_same(box.direct, wanted)
     for peer, size in enumerate(layout.shared):

@@ -73,7 +73,7 @@ def check_fresh(comm: Comm, step: int, passed: tuple[Any, Any, Any]) -> None:
     assert torch.equal(torch.cat([k for k, _ in tensors], 2), picture(step))
     assert torch.equal(torch.cat([v for _, v in tensors], 2), picture(step)[..., :1] + 1)
     parts = [measure(groups(picture(step)[:, :, a:b])) for a, b in zip(SPLIT.bounds, SPLIT.bounds[1:], strict=False)]
-    assert torch.equal(torch.stack([mean, var]), torch.stack(combine(parts)))
+    assert torch.equal(torch.stack([mean, var]), combine(parts))
 
 
 def on_ranks(fn: Callable[[Comm], None]) -> None:

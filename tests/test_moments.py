@@ -20,9 +20,9 @@ def close(value: Tensor, wanted: Tensor, tolerance: float = 1e-5) -> bool:
     return bool(((value.double() - wanted).abs() <= tolerance * wanted.abs().clamp(min=1.0)).all())
 
 
-def test_the_layout_is_count_means_m2() -> None:
+def test_the_layout_is_count_means_variances() -> None:
     packed = measure(torch.tensor([[1.0, 3.0], [5.0, 5.0]]))
-    assert packed.tolist() == [2.0, 2.0, 5.0, 2.0, 0.0]
+    assert packed.tolist() == [2.0, 2.0, 5.0, 1.0, 0.0]
     assert packed.dtype == torch.float32
 
 

@@ -54,8 +54,8 @@ class Exchange(Protocol):
         """
         ...
 
-    def moments(self, key: str, own: Tensor) -> tuple[Tensor, Tensor]:
-        """Mean and biased variance ``[K]`` of the whole picture, from the own moments ``[1 + 2K]`` (see moments.py)."""
+    def moments(self, key: str, own: Tensor) -> Tensor:
+        """Mean and biased variance ``[2, K]`` of the whole picture, from the own moments ``[1 + 2K]`` (see moments.py)."""
         ...
 
     def finish(self) -> bool:
@@ -131,7 +131,7 @@ class Fresh(_Named):
 
         return _Arriving(travel, shaped)
 
-    def moments(self, key: str, own: Tensor) -> tuple[Tensor, Tensor]:
+    def moments(self, key: str, own: Tensor) -> Tensor:
         """See Exchange."""
         parts = self._comm.all_gather(own, [own.numel()] * self._comm.world, kind="moments").wait()
         if self._slots is not None and self._keeps_moments:
@@ -189,7 +189,7 @@ class Stale(_Named):
         self._slots.post_shared(name, *own)
         return Done([own if rank == self._rank else before[rank] for rank in range(len(sizes))])
 
-    def moments(self, key: str, own: Tensor) -> tuple[Tensor, Tensor]:
+    def moments(self, key: str, own: Tensor) -> Tensor:
         """See Exchange."""
         name = self._name(key)
         if self._group_norm == "separate":
@@ -234,7 +234,7 @@ class Absent(_Named):
         nothing = [part.narrow(dim, 0, 0) for part in own]
         return Done([own if rank == self._rank else nothing for rank in range(len(sizes))])
 
-    def moments(self, key: str, own: Tensor) -> tuple[Tensor, Tensor]:
+    def moments(self, key: str, own: Tensor) -> Tensor:
         """See Exchange."""
         return combine([own])
 

@@ -1,9 +1,9 @@
 """Statistics of group norm over several patches, in float32.
 
 A patch's moments are one flat float32 tensor ``[1 + 2K]``, K = batch x groups: the number of elements behind each
-mean, the K means, and the K sums of squared deviations from them (M2). Packed, they travel as one message; as (count,
-mean, M2) they combine exactly over uneven patches (Chan, Golub, LeVeque 1979) and without the cancellation of E[x^2]
-- E[x]^2.
+mean, the K means, and the K biased variances. Packed, they travel as one message; they combine exactly over uneven
+patches (Chan, Golub, LeVeque 1979) and without the cancellation of E[x^2] - E[x]^2. A model has dozens of norms with
+few groups, so what counts here is the number of operations, not their size.
 """
 
 from __future__ import annotations
@@ -20,61 +20,64 @@ def measure(groups: Tensor) -> Tensor:
     if not count:
         return torch.zeros(1 + 2 * num_groups, dtype=torch.float32, device=groups.device)
     values = groups.float()
-    mean = values.mean(dim=1)
-    deviations = values - mean[:, None]
-    return torch.cat([mean.new_full((1,), count), mean, torch.linalg.vecdot(deviations, deviations)])
+    if groups.device.type == "cpu":  # whose var_mean is several times slower than two passes
+        mean = values.mean(dim=1)
+        deviations = values - mean[:, None]
+        var = torch.linalg.vecdot(deviations, deviations).div_(count)
+    else:
+        var, mean = torch.var_mean(values, dim=1, correction=0)
+    return torch.cat([mean.new_full((1,), count), mean, var])
 
 
-def combine(parts: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
-    """Mean and biased variance, each ``[K]``, of all elements behind ``parts``, each ``[1 + 2K]``."""
-    counts, means, m2 = _fields(torch.stack(list(parts)))
-    total = counts.sum(0)
-    mean = (counts * means).sum(0) / total
-    deviations = means - mean
-    return mean, torch.addcmul(m2, counts, deviations * deviations).sum(0) / total
+def combine(parts: Sequence[Tensor]) -> Tensor:
+    """Mean and biased variance ``[2, K]`` of all elements behind ``parts``, each ``[1 + 2K]``."""
+    if len(parts) == 1:
+        return _of(parts[0])
+    packed = torch.stack(list(parts))
+    counts, values = packed[:, :1], packed[:, 1:].view(len(parts), 2, -1)
+    shares = (counts / counts.sum())[:, :, None]  # [ranks, 1, 1]
+    combined = (shares * values).sum(0)
+    deviations = values[:, 0] - combined[0]
+    combined[1] += (shares[:, 0] * deviations * deviations).sum(0)
+    return combined
 
 
-def correct(own: Tensor, own_before: Tensor, before: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
-    """DistriFusion's corrected asynchronous group norm (arXiv 2402.19481, section 4): mean and variance, each ``[K]``.
+def correct(own: Tensor, own_before: Tensor, before: Sequence[Tensor]) -> Tensor:
+    """DistriFusion's corrected asynchronous group norm (arXiv 2402.19481, section 4): mean and variance ``[2, K]``.
 
     The global moments of the step before (``before``, all patches), moved by the change of the own patch since then:
     M[x^k] = mean_j E_j[x^k]' + (E_i[x^k] - E_i[x^k]'), var = M[x^2] - M[x]^2, and the patch's own variance where that
     is negative. Written with means and variances the squares of the means cancel by hand, not in float32:
     var = var_i + (var' - var_i') + 2 (mean' - mean_i') (mean_i' - mean_i).
     """
-    mean_all, var_all = combine(before)
-    count, mean, m2 = _fields(own)
-    count_before, mean_before, m2_before = _fields(own_before)
-    var, var_before = m2 / count.clamp(min=1), m2_before / count_before.clamp(min=1)
-    ahead = mean_all - mean_before  # of the whole picture over the own patch, in the step before
-    corrected = torch.addcmul(var + (var_all - var_before), ahead, mean_before - mean, value=2)
-    return mean + ahead, torch.where(corrected < 0, var, corrected)
+    now, was = _of(own), _of(own_before)
+    ahead = combine(before) - was  # of the whole picture over the own patch, in the step before
+    moved = now + ahead
+    corrected = torch.addcmul(moved[1], ahead[0], was[0] - now[0], value=2)
+    moved[1] = torch.where(corrected < 0, now[1], corrected)
+    return moved
 
 
 CARRY = 0.75  # of the own change: that of other patches is alike, not equal
 SMALL = 1e-6  # of variances, so that a patch of one colour has a ratio
 
 
-def carry(own: Tensor, own_before: Tensor, others_before: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
-    """Mean and variance, each ``[K]``, with the peers' moments carried along by the change of the own patch.
+def carry(own: Tensor, own_before: Tensor, others_before: Sequence[Tensor]) -> Tensor:
+    """Mean and variance ``[2, K]``, with the peers' moments carried along by the change of the own patch.
 
     From step to step all patches lose noise together: what happened to the own mean and deviation since the step
     before is likely to have happened to the others' (``others_before``, without the own). Their means move by `CARRY`
-    of the own mean's change, their M2 by the ratio of the own variances to that power; then all combine as in a
+    of the own mean's change, their variances by the ratio of the own ones to that power; then all combine as in a
     synchronous step. Always a variance, so nothing falls back; exact where the input is held. Not of the paper.
     """
-    count, mean, m2 = _fields(own)
-    count_before, mean_before, m2_before = _fields(own_before)
-    var, var_before = m2 / count.clamp(min=1), m2_before / count_before.clamp(min=1)
-    ratio = ((var + SMALL) / (var_before + SMALL)) ** CARRY
-    change = CARRY * (mean - mean_before)
-    carried = []
-    for other in others_before:
-        count_other, mean_other, m2_other = _fields(other)
-        carried.append(torch.cat([count_other, mean_other + change, m2_other * ratio]))
-    return combine([own, *carried])
+    now, was = _of(own), _of(own_before)
+    others = torch.stack(list(others_before))
+    means, variances = others[:, 1:].view(len(others), 2, -1).unbind(1)
+    means += CARRY * (now[0] - was[0])
+    variances *= ((now[1] + SMALL) / (was[1] + SMALL)) ** CARRY
+    return combine([own, *others])
 
 
-def _fields(packed: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    num_groups = packed.shape[-1] // 2
-    return packed[..., :1], packed[..., 1 : 1 + num_groups], packed[..., 1 + num_groups :]
+def _of(packed: Tensor) -> Tensor:
+    """The means and variances ``[2, K]`` in moments ``[1 + 2K]``, shared."""
+    return packed[1:].view(2, -1)

@@ -28,16 +28,17 @@ class PatchGroupNorm(Layer):
         module, x = self.module, x.contiguous()
         batch, channels = x.shape[:2]
         own = measure(x.view(batch * module.num_groups, x[:1, : channels // module.num_groups].numel()))
-        mean, var = self.frame.exchange.moments(self.key, own)
+        moments = self.frame.exchange.moments(self.key, own)
         if not x.numel():
             return x
         # Batch norm with given statistics is the affine map wanted here, in one pass and with mixed dtypes: one
         # "channel" per (sample, channel).
         width, dtype = channels // module.num_groups, torch.promote_types(x.dtype, torch.float32)
+        mean, var = moments.to(dtype).repeat_interleave(width, dim=1).unbind()
         normed = F.batch_norm(
             x.view(1, batch * channels, *x.shape[2:]),
-            mean.to(dtype).repeat_interleave(width),
-            var.to(dtype).repeat_interleave(width),
+            mean,
+            var,
             _per_sample(module.weight, batch, dtype),
             _per_sample(module.bias, batch, dtype),
             training=False,
