@@ -113,7 +113,9 @@ def test_the_latents_of_a_whole_sampling_equal_one_device(
 def test_bfloat16_stays_within_the_spread_of_kernels(name: str, world: int, split: Any) -> None:
     """In bfloat16 one device does not equal itself: another attention kernel or memory format gives another picture.
 
-    Both kernels are right, so their distance is what bfloat16 leaves open, and `sync` may not add to it.
+    All are equally far from float32's, which is what bfloat16 leaves open, and `sync` may not add to it. Sums in another
+    order round otherwise: the distances to the truth of one model at other timesteps, or of two kernels, lie within 8 %
+    of each other; 15 % is the bound. Between themselves two such results may be up to twice that distance apart.
     """
     bf16 = torch.bfloat16
     sample, arguments = latents(name, 2, 20, 16), conditioning(name, 2)
@@ -123,12 +125,11 @@ def test_bfloat16_stays_within_the_spread_of_kernels(name: str, world: int, spli
     other = build(name, bf16).to(memory_format=torch.channels_last)
     if SHAPES[name].is_conditional:
         other.set_attn_processor(AttnProcessor())
-    spread = distance(other(low.contiguous(memory_format=torch.channels_last), 321, **low_arguments).sample, plain)
-    assert spread > 0
+    kernels = plain, other(low.contiguous(memory_format=torch.channels_last), 321, **low_arguments).sample
+    assert not torch.equal(*kernels)
     result = on_ranks(name, world, df.ParallelConfig(strategy="sync", split=split), low, 321, low_arguments)[0]
     assert result.dtype == bf16
-    assert distance(result, plain) <= spread
-    assert distance(result, truth) <= 1.5 * distance(plain, truth)
+    assert distance(result, truth) <= 1.15 * min(distance(kernel, truth) for kernel in kernels)
 
 
 def test_the_class_of_the_result_is_kept() -> None:
