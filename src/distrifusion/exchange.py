@@ -55,7 +55,7 @@ class Exchange(Protocol):
         ...
 
     def moments(self, key: str, own: Tensor) -> Tensor:
-        """Mean and biased variance ``[2, K]`` of the whole picture, from the own moments ``[1 + 2K]`` (see moments.py)."""
+        """Mean and biased variance ``[2, K]`` of the whole picture; ``own``: moments ``[1 + 2K]``, see moments.py."""
         ...
 
     def finish(self) -> bool:

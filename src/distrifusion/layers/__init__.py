@@ -6,6 +6,7 @@ from .base import Frame, FrameHolder, Layer
 from .conv import PatchConv
 from .norm import PatchGroupNorm
 from .resample import PatchDownsample, PatchUpsample
+from .tokens import PatchEntry, PatchExit, PatchSeam
 
 __all__ = [
     "Frame",
@@ -14,7 +15,10 @@ __all__ = [
     "PatchAttention",
     "PatchConv",
     "PatchDownsample",
+    "PatchEntry",
+    "PatchExit",
     "PatchGroupNorm",
+    "PatchSeam",
     "PatchSiLU",
     "PatchUpsample",
 ]

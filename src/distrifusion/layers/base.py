@@ -22,6 +22,7 @@ class Frame:
     dim: int  # the split dim of [B, C, H, W]: 2 rows, 3 cols
     levels: Levels
     exchange: Exchange
+    num_frames: int = 1  # of a video; they share the split
 
     def split(self, level: int) -> Split:
         """Who owns which rows at ``level`` of the model."""
@@ -29,7 +30,7 @@ class Frame:
 
     def num_tokens(self, level: int) -> list[int]:
         """Tokens of each patch at ``level``."""
-        return [rows * self.levels.across[level] for rows in self.levels.splits[level].sizes]
+        return [self.num_frames * rows * self.levels.across[level] for rows in self.levels.splits[level].sizes]
 
     def sides(self, level: int, rows: int) -> tuple[int, int]:
         """Height and width of ``rows`` rows (or columns) at ``level``."""

@@ -17,13 +17,18 @@ def table_for(model: Any) -> Table:
     Raises:
         UnsupportedModel: no table knows its class; lists those that are known.
     """
+    from .plans import PLANS
+    from .transformer import TransformerTable
     from .unet import FAMILIES, UNetTable
 
     if type(model) in FAMILIES:
         return UNetTable(model)
+    for plan in PLANS:
+        if type(model) is plan.model:
+            return TransformerTable(model, plan)
     if "ControlNet" in type(model).__name__ and not type(model).__name__.startswith("UNet"):
         raise UnsupportedModel(f"{type(model).__name__} is spread together with its U-Net: give the pipeline of both")
-    known = ", ".join(family.__name__ for family in FAMILIES)
+    known = ", ".join(family.__name__ for family in (*FAMILIES, *(plan.model for plan in PLANS)))
     raise UnsupportedModel(f"{type(model).__name__} has no table; known are: {known}")
 
 

@@ -30,7 +30,7 @@ from ..layers import (
     PatchUpsample,
 )
 from ..layers.conv import windows
-from .table import Place, Rule, Walk, unsupported
+from .table import Place, Rule, Walk, check_module, unsupported
 
 PROCESSORS: tuple[type, ...] = tuple(
     getattr(attention_processor, name)
@@ -218,7 +218,7 @@ def down_and_mid(model: Any, walk: Walk) -> Iterator[Layer]:
 
 def block(walk: Walk, module: Any, name: str, level: int, samplers: str, step: int) -> Generator[Layer, None, int]:
     """Layers of a down or up block; returns the level after it."""
-    walk.check(module, name)
+    check_module(module, name)
     if type(module) not in CONTAINERS:
         raise unsupported(module, name)
     yield from walk.children(module, name, Place(level, level), skip=(samplers,))

@@ -23,7 +23,7 @@ from .blocks import (
     skip_levels,
     walk_over,
 )
-from .table import Call, Place, Walk, bind, unsupported
+from .table import Call, Place, Walk, bind, check_module, unsupported
 
 
 class ControlNetTable:
@@ -35,6 +35,14 @@ class ControlNetTable:
         self.model = model
         self.fingerprint = Fingerprint(model)
         self._forward = type(model).forward
+
+    def size(self, call: Call) -> tuple[int, int]:
+        """See Table."""
+        return call.sample.shape[2], call.sample.shape[3]
+
+    def num_frames(self, call: Call) -> int:
+        """See Table."""
+        return 1
 
     def levels(self, height: int, width: int, num_patches: int, dim: int) -> Levels:
         """See Table."""
@@ -62,6 +70,14 @@ class ControlNetTable:
     def localise(self, call: Call, frame: Frame, *, fed: bool) -> Call:
         """See Table. Latents and condition image are read whole."""
         return call
+
+    def fold(self, output: Tensor, call: Call, frame: Frame) -> Tensor:
+        """See Table."""
+        return output
+
+    def unfold(self, whole: Tensor, like: Tensor) -> Tensor:
+        """See Table."""
+        return whole
 
     def finish(self, result: Any, frame: Frame) -> Any:
         """See Table. ``global_pool_conditions`` asks for means over the picture; the model has taken the patch's."""
@@ -109,7 +125,7 @@ def fits(controlnet: Any, unet: Any) -> bool:
 
 
 def _embedding(walk: Walk, module: Any, name: str) -> Iterator[Layer]:
-    walk.check(module, name)
+    check_module(module, name)
     if type(module) is not ControlNetConditioningEmbedding:
         raise unsupported(module, name)
     stack = [module.conv_in, *module.blocks, module.conv_out]

@@ -48,6 +48,14 @@ class Table(Protocol):
     gathers: bool
     """Whether the output is gathered: a prediction is, what only another parallel model reads stays in patches."""
 
+    def size(self, call: Call) -> tuple[int, int]:
+        """Height and width of the call's picture, in latent rows."""
+        ...
+
+    def num_frames(self, call: Call) -> int:
+        """Frames of a video; a picture has one."""
+        ...
+
     def levels(self, height: int, width: int, num_patches: int, dim: int) -> Levels:
         """The splits of a latent of ``height`` x ``width`` along ``dim`` (2 rows, 3 cols) at every level.
 
@@ -81,6 +89,14 @@ class Table(Protocol):
 
         ``fed``: a model that leaves its output in patches has run just before, so that some of it may be cut already.
         """
+        ...
+
+    def fold(self, output: Tensor, call: Call, frame: Frame) -> Tensor:
+        """Own rows ``[B, C, rows, W]`` of the prediction, from what the model returned first."""
+        ...
+
+    def unfold(self, whole: Tensor, like: Tensor) -> Tensor:
+        """The whole prediction ``[B, C, H, W]`` in the form of what the model returns, ``like`` one it returned."""
         ...
 
     def finish(self, result: Any, frame: Frame) -> Any:
@@ -188,37 +204,40 @@ class Walk:
         if id(module) in self.seen:
             return
         self.seen.add(id(module))
-        self.check(module, name)
+        check_module(module, name)
         rule = self.known_seams.get(type(module)) or self.adapter(module)
         if rule is not None:
             yield from rule(self, module, name, place)
-        elif isinstance(module, nn.Linear) or type(module) in self.local:
-            if isinstance(module, nn.Dropout) and module.p > 0 and module.training:
-                raise UnsupportedModel(f"{name} drops at random, differently on each rank: call .eval() on the model")
         elif type(module) in self.containers:
             yield from self.children(module, name, place)
-        else:
+        elif not isinstance(module, nn.Linear) and type(module) not in self.local:
             raise unsupported(module, name)
-
-    def check(self, module: nn.Module, name: str) -> None:
-        """Raise where another library has put a forward of its own in place of the class's, which may do anything."""
-        forward = module.__dict__.get("forward")
-        if forward is None or isinstance(getattr(forward, "__self__", None), Layer):
-            return
-        hooks = getattr(getattr(module, "_diffusers_hook", None), "hooks", None)
-        strange = [hook for hook in hooks if hook not in HARMLESS_HOOKS] if hooks is not None else []
-        if strange:
-            raise unsupported(module, name, f"has the hook {strange[0]!r}, which is not known; take it off")
-        if hooks is None and not hasattr(module, "_hf_hook"):
-            raise unsupported(
-                module, name, "has a forward that another library has put in place of its own; take it off"
-            )
 
     def children(self, module: nn.Module, name: str, place: Place, skip: Sequence[str] = ()) -> Iterator[Layer]:
         """Layers of all children but those named in ``skip``."""
         for child_name, child in module.named_children():
             if child_name not in skip:
                 yield from self(child, f"{name}.{child_name}", place)
+
+
+def check_module(module: nn.Module, name: str) -> None:
+    """Refuse what makes any module wrong in patches, whatever its class.
+
+    Raises:
+        UnsupportedModel: dropout that is on, or a forward that another library has put in place of the class's own,
+            which may do anything.
+    """
+    if isinstance(module, nn.Dropout) and module.p > 0 and module.training:
+        raise UnsupportedModel(f"{name} drops at random, differently on each rank: call .eval() on the model")
+    forward = module.__dict__.get("forward")
+    if forward is None or isinstance(getattr(forward, "__self__", None), Layer):
+        return
+    hooks = getattr(getattr(module, "_diffusers_hook", None), "hooks", None)
+    strange = [hook for hook in hooks if hook not in HARMLESS_HOOKS] if hooks is not None else []
+    if strange:
+        raise unsupported(module, name, f"has the hook {strange[0]!r}, which is not known; take it off")
+    if hooks is None and not hasattr(module, "_hf_hook"):
+        raise unsupported(module, name, "has a forward that another library has put in place of its own; take it off")
 
 
 Rule = Callable[[Walk, Any, str, Place], Iterator[Layer]]

@@ -7,6 +7,7 @@ from typing import Any
 
 from diffusers import UNet2DConditionModel, UNet2DModel
 from diffusers.models.resnet import ResnetBlock2D
+from torch import Tensor
 
 from ..errors import ConfigError
 from ..geometry import Levels
@@ -37,6 +38,14 @@ class UNetTable:
         upsamplers = [up for block in model.up_blocks for up in getattr(block, "upsamplers", None) or ()]
         # Only Upsample2D is told the size to reach; the other upsamplers double, whatever the skip connection has.
         self._only_doubles = not self._is_conditional or any(isinstance(up, ResnetBlock2D) for up in upsamplers)
+
+    def size(self, call: Call) -> tuple[int, int]:
+        """See Table."""
+        return call.sample.shape[2], call.sample.shape[3]
+
+    def num_frames(self, call: Call) -> int:
+        """See Table."""
+        return 1
 
     def levels(self, height: int, width: int, num_patches: int, dim: int) -> Levels:
         """See Table."""
@@ -89,6 +98,14 @@ class UNetTable:
         if adapter is not None:
             changes["down_intrablock_additional_residuals"] = [own_part(residual, frame) for residual in adapter]
         return call.having(**changes)
+
+    def fold(self, output: Tensor, call: Call, frame: Frame) -> Tensor:
+        """See Table."""
+        return output
+
+    def unfold(self, whole: Tensor, like: Tensor) -> Tensor:
+        """See Table."""
+        return whole
 
     def finish(self, result: Any, frame: Frame) -> Any:
         """See Table."""

@@ -24,9 +24,9 @@ def check_call(comm: Comm, call: Call, config: ParallelConfig, conditioning: Any
     Raises:
         RanksDisagree: names what differs, and two values with their ranks.
     """
-    batch, channels, height, width = call.sample.shape
+    batch, channels, *sides = call.sample.shape
     facts = {
-        "latent size": f"{height} x {width}",
+        "latent size": " x ".join(map(str, sides)),
         "batch": batch,
         "channels": channels,
         "dtype": str(call.sample.dtype).removeprefix("torch."),

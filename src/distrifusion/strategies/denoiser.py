@@ -158,9 +158,10 @@ class ParallelDenoiser:
             self._attach_layers()
         dim = 2 if self._config.split == "rows" else 3
         num_patches = self._mesh.size("patch")
-        levels = self._table.levels(sample.shape[2], sample.shape[3], num_patches, dim)
+        levels = self._table.levels(*self._table.size(call), num_patches, dim)
         exchange = self._strategy.policy(state)
-        frame = Frame(self._mesh.coordinate(self._comm.rank, "patch"), dim, levels, exchange)
+        patch, num_frames = self._mesh.coordinate(self._comm.rank, "patch"), self._table.num_frames(call)
+        frame = Frame(patch, dim, levels, exchange, num_frames)
         fed = [feeder.take_cost() for feeder in self._feeders]
         own_call = self._own_batch(call)
         if num_patches > 1:
@@ -171,8 +172,10 @@ class ParallelDenoiser:
         if num_patches > 1:
             result = self._table.finish(result, frame)
         if self._table.gathers:
-            whole, probes = self._guidance.gather(result[0], probe(sample), sample.shape[0], levels, dim)
+            own = self._table.fold(result[0], own_call, frame)
+            whole, probes = self._guidance.gather(own, probe(sample), sample.shape[0], levels, dim)
             check_latents(probes)
+            whole = self._table.unfold(whole, result[0])
             result = (whole, *result[1:]) if isinstance(result, tuple) else type(result)(whole)
         if not exchange.finish():
             self._pictures.forget()  # the model left out seams: the next step cannot build on this one

@@ -1,0 +1,200 @@
+"""Diffusion transformers: one table for all, and a plan for each that says where its tokens are cut and exchanged.
+
+Between its embedding and its last projection a transformer works on each token alone, but for attention. So a plan
+names the modules after which tokens stand in a sequence (``entries``), the one after which they do not (``exit``), the
+attentions over image tokens (``seams``), and how to read the size of the picture off a call. Plans are in `plans`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
+from fnmatch import fnmatchcase
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..errors import ConfigError, UnsupportedModel
+from ..geometry import Levels, Split
+from ..layers import Frame, FrameHolder, Layer, PatchEntry, PatchExit, PatchSeam
+from ..layers.tokens import Place, Tokens
+from .blocks import Fingerprint
+from .table import Call, bind, check_module, unsupported
+
+
+@dataclass(frozen=True)
+class Grid:
+    """How the tokens of a call's picture stand: ``frames`` x ``rows`` x ``cols``."""
+
+    rows: int
+    cols: int
+    frames: int = 1
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What one class of transformers is made of. Module names are patterns, as of a shell.
+
+    Args:
+        model: the class, exactly.
+        names: models that have it, for people.
+        entries: modules whose output holds the tokens of the whole picture, and how.
+        seams: attentions over image tokens, and whether these stand first or last among the keys.
+        exit: the last module over tokens.
+        grid: of a call's picture.
+        patch: rows of a latent behind a row of tokens; 1 where the latents come as tokens.
+        texts: attentions that see no image token among their keys, or belong to the text alone.
+        conditions: arguments that stay the same in a picture and guidance branch.
+        unknown: arguments that are refused when given.
+    """
+
+    model: type[nn.Module]
+    names: tuple[str, ...]
+    entries: Mapping[str, Tokens]
+    seams: Mapping[str, Place]
+    grid: Callable[[Any, Call], Grid]
+    exit: str = "proj_out"
+    patch: Callable[[Any], int] = field(default=lambda model: int(model.config.patch_size))
+    texts: tuple[str, ...] = ()
+    conditions: tuple[str, ...] = ("encoder_hidden_states",)
+    unknown: tuple[str, ...] = ()
+
+
+class TransformerTable:
+    """See Table. ``plan`` knows the class of ``model``."""
+
+    gathers = True
+
+    def __init__(self, model: Any, plan: Plan) -> None:
+        self.model = model
+        self.fingerprint = Fingerprint(model)
+        self._plan = plan
+        self._forward = type(model).forward
+
+    def size(self, call: Call) -> tuple[int, int]:
+        """See Table."""
+        grid, patch = self._plan.grid(self.model, call), self._plan.patch(self.model)
+        return grid.rows * patch, grid.cols * patch
+
+    def num_frames(self, call: Call) -> int:
+        """See Table."""
+        return self._plan.grid(self.model, call).frames
+
+    def levels(self, height: int, width: int, num_patches: int, dim: int) -> Levels:
+        """See Table. Level 0 is the latent's, level 1 that of its tokens."""
+        patch = self._plan.patch(self.model)
+        along, across = (height, width) if dim == 2 else (width, height)
+        if along // patch < num_patches:
+            what = "rows" if dim == 2 else "columns"
+            raise ConfigError(
+                f"{along // patch} {what} of tokens cannot be split over {num_patches} ranks: "
+                f"the largest world for this picture is {along // patch}"
+            )
+        tokens = Split.even(along // patch, num_patches)
+        latents = Split(tuple(patch * bound for bound in tokens.bounds))
+        return Levels((latents, tokens), (across, across // patch))
+
+    def layers(self, holder: FrameHolder) -> Iterator[Layer]:
+        """See Table."""
+        plan, used = self._plan, set[str]()
+        for name, module in self.model.named_modules():
+            if module is self.model:
+                continue
+            check_module(module, name)
+            if (pattern := _match(name, plan.entries)) is not None:
+                yield PatchEntry(module, name, holder, tokens=plan.entries[pattern])
+            elif (pattern := _match(name, plan.seams)) is not None:
+                yield PatchSeam(module, name, holder, place=plan.seams[pattern])
+            elif name == plan.exit:
+                pattern = name
+                yield PatchExit(module, name, holder)
+            elif hasattr(module, "processor") and _match(name, plan.texts) is None:
+                raise unsupported(module, name, "is an attention that the plan of its model does not name")
+            elif isinstance(module, _READS_BEYOND) and not any(name.startswith(entry) for entry in plan.entries):
+                raise unsupported(module, name)
+            used.add(pattern or "")
+        missing = {*plan.entries, plan.exit} - used
+        if missing:
+            raise UnsupportedModel(f"{type(self.model).__name__} has no module {sorted(missing)[0]!r}")
+
+    def bind(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Call:
+        """See Table."""
+        call = Call(bind(self._forward, self.model, args, kwargs), "hidden_states")
+        for name in self._plan.unknown:
+            if call.arguments.get(name) is not None:
+                raise UnsupportedModel(f"{type(self.model).__name__} in patches takes no {name}; leave it out")
+        return call
+
+    def conditioning(self, call: Call) -> Any:
+        """See Table."""
+        return tuple(call.arguments.get(name) for name in self._plan.conditions)
+
+    def localise(self, call: Call, frame: Frame, *, fed: bool) -> Call:
+        """See Table. Tokens are cut by the entries, inside the model."""
+        return call
+
+    def fold(self, output: Tensor, call: Call, frame: Frame) -> Tensor:
+        """See Table: of tokens ``[B, tokens, C]``, pictures ``[B, C, H, W]`` or videos ``[B, C, frames, H, W]``."""
+        if output.ndim == 3:
+            grid = self._plan.grid(self.model, call)
+            output = torch.unflatten(output.transpose(1, 2), 2, (grid.frames, grid.rows, grid.cols))
+        if output.ndim == 5:
+            output = output.flatten(1, 2)
+        span = frame.split(0).span(frame.patch)
+        return output.narrow(frame.dim, span.start, len(span))
+
+    def unfold(self, whole: Tensor, like: Tensor) -> Tensor:
+        """See Table."""
+        if like.ndim == 3:
+            return whole.flatten(2).view(len(whole), like.shape[2], -1).transpose(1, 2).contiguous()
+        return torch.unflatten(whole, 1, like.shape[1:3]) if like.ndim == 5 else whole
+
+    def finish(self, result: Any, frame: Frame) -> Any:
+        """See Table."""
+        return result
+
+    def needs_whole_batch(self, call: Call) -> bool:
+        """See Table."""
+        return False
+
+    def splits_guidance(self) -> bool:
+        """See Table."""
+        return True
+
+
+_READS_BEYOND = (nn.modules.conv._ConvNd, nn.GroupNorm, nn.modules.pooling._AvgPoolNd, nn.modules.batchnorm._NormBase)
+
+
+def _match(name: str, patterns: Any) -> str | None:
+    return next((pattern for pattern in patterns if fnmatchcase(name, pattern)), None)
+
+
+def of_latent(model: Any, call: Call) -> Grid:
+    """The grid of latents ``[B, C, H, W]`` in square patches.
+
+    Raises:
+        ConfigError: sides that are no multiples of the patch.
+    """
+    height, width = call.sample.shape[-2:]
+    patch = int(model.config.patch_size)
+    if height % patch or width % patch:
+        raise ConfigError(f"a latent of {height} x {width} does not fit patches of {patch}: use multiples of {patch}")
+    return Grid(height // patch, width // patch)
+
+
+def of_positions(name: str) -> Callable[[Any, Call], Grid]:
+    """The grid of latents that come as tokens with positions ``[tokens, 3]`` (or ``[B, tokens, 3]``), as ``name``."""
+
+    def grid(model: Any, call: Call) -> Grid:
+        ids = call.arguments[name]
+        ids = ids[0] if ids.ndim == 3 else ids
+        rows, cols = (int(ids[:, axis].max()) + 1 for axis in (-2, -1))
+        tokens = call.sample.shape[1]
+        if rows * cols != tokens:
+            raise UnsupportedModel(
+                f"{tokens} tokens are not the {rows} x {cols} of one picture: further pictures to look at are not known"
+            )
+        return Grid(rows, cols)
+
+    return grid

@@ -1,0 +1,139 @@
+"""Diffusion transformers in patches: exact in sync, exact where the input is held, and each class of the plans."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+import distrifusion as df
+from distrifusion.models.plans import PLANS
+from models import distance
+from transformers_cross import CROSS
+from transformers_joint import JOINT
+from transformers_tiny import build
+from transformers_video import VIDEO
+
+MODELS = {**CROSS, **JOINT, **VIDEO}
+
+# Float32 sums in another order: attention over keys in the same order rounds alike, columns put them in another.
+EXACT = 1e-5
+ROWS, COLS = 7, 5  # tokens: no multiple of any world
+
+
+def first(result: Any) -> Tensor:
+    sample: Any = result[0]
+    return torch.stack(list(sample)) if isinstance(sample, list) else sample
+
+
+def one_device(name: str, arguments: dict[str, Any]) -> Tensor:
+    return first(build(MODELS[name])(**arguments))
+
+
+def on_ranks(
+    name: str, world: int, config: df.ParallelConfig, arguments: dict[str, Any], steps: int = 1
+) -> list[list[Tensor]]:
+    """Every rank's results of some calls with the same arguments."""
+
+    def rank(comm: Any) -> list[Tensor]:
+        model = df.parallelize(build(MODELS[name]), config, comm)
+        return [first(model(**arguments)) for _ in range(steps)]
+
+    return df.run_ranks(world, rank)
+
+
+def test_every_plan_is_tested() -> None:
+    assert {type(build(tiny)) for tiny in MODELS.values()} == {plan.model for plan in PLANS}
+
+
+@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize(("world", "split", "batch"), [(2, "rows", 1), (3, "cols", 2), (4, "rows", 2), (5, "rows", 1)])
+def test_sync_equals_one_device(name: str, world: int, split: Any, batch: int) -> None:
+    arguments = MODELS[name].arguments(batch, ROWS, COLS)
+    truth = one_device(name, arguments)
+    assert truth.isfinite().all()
+    for (result,) in on_ranks(name, world, df.ParallelConfig(strategy="sync", split=split), arguments):
+        assert result.shape == truth.shape
+        assert distance(result, truth) <= EXACT
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_without_exchange_the_result_is_another(name: str) -> None:
+    """What the other tests find equal depends on what the ranks say to each other."""
+    arguments = MODELS[name].arguments(1, ROWS, COLS)
+    (result,) = on_ranks(name, 2, df.ParallelConfig(strategy="naive"), arguments)[0]
+    assert distance(result, one_device(name, arguments)) > 1000 * EXACT
+
+
+@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("world", [2, 3])
+def test_displaced_with_a_held_input_equals_sync_in_few_messages(name: str, world: int) -> None:
+    arguments = MODELS[name].arguments(2, ROWS, COLS)
+    truth = one_device(name, arguments)
+
+    def rank(comm: Any) -> Any:
+        model = df.parallelize(build(MODELS[name]), df.ParallelConfig(strategy="displaced", warmup_steps=0), comm)
+        return [first(model(**arguments)) for _ in range(3)], df.report(model)
+
+    for results, report in df.run_ranks(world, rank):
+        assert report.kinds == ["sync", "displaced", "displaced"]
+        assert all(distance(result, truth) <= EXACT for result in results)
+        assert max(report.messages[1:]) <= 8
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_displaced_reads_the_peers_one_step_late(name: str) -> None:
+    """With another input in the second step, the result is another than sync's, and than that of no exchange."""
+    one = MODELS[name].arguments(1, ROWS, COLS)
+    other = {**one, "hidden_states": _changed(one["hidden_states"])}
+    config = df.ParallelConfig(strategy="displaced", warmup_steps=0)
+
+    def rank(comm: Any) -> Any:
+        model = df.parallelize(build(MODELS[name]), config, comm)
+        model(**one)
+        late = first(model(**other))
+        df.reset(model)
+        return late, first(model(**other))
+
+    late, fresh = df.run_ranks(2, rank)[0]
+    naive = on_ranks(name, 2, df.ParallelConfig(strategy="naive"), other)[0][0]
+    assert distance(fresh, one_device(name, other)) <= EXACT
+    assert 10 * EXACT < distance(late, fresh) < distance(naive, fresh)
+
+
+def _changed(latents: Any) -> Any:
+    if isinstance(latents, list):
+        return [_changed(each) for each in latents]
+    return latents + 0.05 * torch.randn(latents.shape, generator=torch.Generator().manual_seed(5))
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_cfg_halves_the_batch_and_restore_leaves_no_trace(name: str) -> None:
+    arguments = MODELS[name].arguments(2, ROWS, COLS)
+    truth = one_device(name, arguments)
+
+    def rank(comm: Any) -> tuple[Tensor, Tensor, bool]:
+        model = build(MODELS[name])
+        before = {key: value.clone() for key, value in model.state_dict().items()}
+        split = first(df.parallelize(model, df.ParallelConfig(strategy="sync", cfg=2), comm)(**arguments))
+        df.restore(model)
+        after = model.state_dict()
+        same = before.keys() == after.keys() and all(torch.equal(before[key], after[key]) for key in before)
+        clean = not any("forward" in module.__dict__ for module in model.modules())
+        return split, first(model(**arguments)), same and clean
+
+    for world in (2, 4):
+        for split, restored, is_clean in df.run_ranks(world, rank):
+            assert distance(split, truth) <= EXACT
+            assert torch.equal(restored, truth)
+            assert is_clean
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_more_ranks_than_rows_are_refused(name: str) -> None:
+    with pytest.raises(
+        df.ConfigError, match="3 rows of tokens cannot be split over 4 ranks: the largest world .* is 3"
+    ):
+        on_ranks(name, 4, df.ParallelConfig(strategy="sync"), MODELS[name].arguments(1, 3, 8))

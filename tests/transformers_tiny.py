@@ -1,0 +1,55 @@
+"""Transformers a few channels wide with every feature of the real ones, and the arguments of a call for each."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+torch.set_num_threads(1)  # ranks are threads: with more, they would fight over the cores
+
+
+@dataclass(frozen=True)
+class Tiny:
+    """A class of transformers.
+
+    ``arguments(batch, rows, cols)`` are those of one call, by name, for a picture of ``rows`` x ``cols`` tokens; latents
+    are ``hidden_states``.
+    """
+
+    build: Callable[[], nn.Module]
+    arguments: Callable[[int, int, int], dict[str, Any]]
+
+
+def noise(*shape: int, seed: int = 77) -> Tensor:
+    """The same values for the same shape and seed."""
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+
+
+@lru_cache
+def _built(build: Callable[[], nn.Module]) -> nn.Module:
+    with torch.random.fork_rng():
+        torch.manual_seed(1)
+        model = build()
+        for name, weight in model.named_parameters():
+            # Zeros at the end of blocks (AdaLN) would hide what happens in them; and attention must tell tokens apart,
+            # or a mix-up of patches would not show.
+            scale = 1.5 / weight.shape[-1] ** 0.5 if weight.ndim > 1 else 0.3
+            weight.data = torch.randn_like(weight) * scale + (1.0 if weight.ndim == 1 and "norm" in name else 0.0)
+    return model.eval().requires_grad_(False)
+
+
+def build(tiny: Tiny) -> Any:
+    """A new model with weights that are the same every time."""
+    return copy.deepcopy(_built(tiny.build))
+
+
+def positions(rows: int, cols: int) -> Tensor:
+    """Positions ``[rows * cols, 3]`` of image tokens."""
+    row, col = torch.meshgrid(torch.arange(rows), torch.arange(cols), indexing="ij")
+    return torch.stack([torch.zeros_like(row), row, col], -1).view(-1, 3).float()
