@@ -113,9 +113,9 @@ def test_the_latents_of_a_whole_sampling_equal_one_device(
 def test_bfloat16_stays_within_the_spread_of_kernels(name: str, world: int, split: Any) -> None:
     """In bfloat16 one device does not equal itself: another attention kernel or memory format gives another picture.
 
-    All are equally far from float32's, which is what bfloat16 leaves open, and `sync` may not add to it. Sums in another
-    order round otherwise: the distances to the truth of one model at other timesteps, or of two kernels, lie within 8 %
-    of each other; 15 % is the bound. Between themselves two such results may be up to twice that distance apart.
+    All are equally far from float32's, which is what bfloat16 leaves open, and `sync` may not add to it. Sums in
+    another order round otherwise: the distances to the truth of one model at other timesteps, or of two kernels, lie
+    within 8 % of each other; 15 % is the bound. Two such results may be up to twice that distance apart.
     """
     bf16 = torch.bfloat16
     sample, arguments = latents(name, 2, 20, 16), conditioning(name, 2)

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 
 import distrifusion as df
 from distrifusion.models import supported
+from distrifusion.models.plans import PLANS
 from models import distance
 from pipelines import DISPLACED, EXACT, NUMPY_WARNINGS, SYNC, UNETS, check, drawing, sample, sd, unet
 
@@ -190,19 +191,8 @@ def subclass() -> Any:
     return model
 
 
-def sd3() -> Any:
-    return diffusers.SD3Transformer2DModel(
-        sample_size=8,
-        patch_size=1,
-        in_channels=4,
-        num_layers=1,
-        attention_head_dim=4,
-        num_attention_heads=2,
-        caption_projection_dim=8,
-        joint_attention_dim=8,
-        pooled_projection_dim=8,
-        out_channels=4,
-    )
+def prior() -> Any:
+    return diffusers.PriorTransformer(num_attention_heads=2, attention_head_dim=4, num_layers=1, embedding_dim=8)
 
 
 REFUSED: dict[str, tuple[Callable[[], Any], str]] = {
@@ -231,7 +221,7 @@ REFUSED: dict[str, tuple[Callable[[], Any], str]] = {
     "layerwise casting": (cast, r"conv_in \(Conv2d\): another library has replaced its forward"),
     "a cache hook": (hooked, r"mid_block \(UNetMidBlock2DCrossAttn\) has the hook 'first_block_cache'"),
     "a subclass": (subclass, r"Another has no table; known are: UNet2DConditionModel, UNet2DModel"),
-    "SD3": (sd3, r"SD3Transformer2DModel has no table; known are: UNet2DConditionModel, UNet2DModel"),
+    "a prior": (prior, r"PriorTransformer has no table; known are: UNet2DConditionModel, .*SD3Transformer2DModel"),
 }
 
 
@@ -433,7 +423,9 @@ def test_a_compiled_unet() -> None:
 def test_what_is_said_to_be_supported_names_its_checks() -> None:
     root = Path(__file__).parent.parent
     entries = supported()
-    assert [entry["class"] for entry in entries] == ["UNet2DConditionModel", "UNet2DModel", "ControlNetModel"]
+    known = ["UNet2DConditionModel", "UNet2DModel", "ControlNetModel", *(plan.model.__name__ for plan in PLANS)]
+    assert [entry["class"] for entry in entries] == known
+    assert {entry["diffusers"] for entry in entries} == {diffusers.__version__}
     for entry in entries:
         files = re.findall(r"tests/\w+\.py", entry["checked"])
         assert files

@@ -18,8 +18,8 @@ torch.set_num_threads(1)  # ranks are threads: with more, they would fight over 
 class Tiny:
     """A class of transformers.
 
-    ``arguments(batch, rows, cols)`` are those of one call, by name, for a picture of ``rows`` x ``cols`` tokens; latents
-    are ``hidden_states``.
+    ``arguments(batch, rows, cols)`` are those of one call, by name, for a picture of ``rows`` x ``cols`` tokens; the
+    latents are ``hidden_states``.
     """
 
     build: Callable[[], nn.Module]

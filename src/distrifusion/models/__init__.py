@@ -54,12 +54,37 @@ odd sizes; displaced with a held input equals sync: tests/test_unet_exact.py"
 )
 
 
+CHECKED_WITH = "0.42.1"
+"""The release of diffusers that the tests ran with."""
+
+_TRANSFORMERS = (
+    "sync equals one device (relative L2 <= 1e-5, float32) at worlds 2, 3, 4, 5, rows and columns, batch 1 and 2, uneven \
+rows of tokens; displaced with a held input equals sync; cfg=2 at 2 and 4: tests/test_transformers.py"
+)
+
+
 def supported() -> list[dict[str, Any]]:
-    """One entry per class of denoiser: ``class``, ``models``, ``strategies``, ``features`` and ``checked``.
+    """One entry per class of denoiser: ``class``, ``models``, ``strategies``, ``features``, ``checked``, ``diffusers``.
 
     ``checked`` says what was compared with what, and the tests that do it: models of these shapes a few channels wide,
-    with random weights, on ranks that are threads.
+    with random weights, on ranks that are threads. ``diffusers`` is the release they ran with.
     """
+    from .plans import PLANS
+
+    transformers = [
+        {
+            "class": plan.model.__name__,
+            "models": list(plan.names),
+            "strategies": list(BUILT),
+            "features": ["cfg=2 where guidance is a batch", "LoRA", "processors and native attention backends"],
+            "checked": _TRANSFORMERS,
+        }
+        for plan in PLANS
+    ]
+    return [{**entry, "diffusers": CHECKED_WITH} for entry in (*_unets(), *transformers)]
+
+
+def _unets() -> list[dict[str, Any]]:
     return [
         {
             "class": "UNet2DConditionModel",
