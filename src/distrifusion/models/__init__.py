@@ -58,8 +58,8 @@ CHECKED_WITH = "0.42.1"
 """The release of diffusers that the tests ran with."""
 
 _TRANSFORMERS = (
-    "sync equals one device (relative L2 <= 1e-5, float32) at worlds 2, 3, 4, 5, rows and columns, batch 1 and 2, uneven \
-rows of tokens; displaced with a held input equals sync; cfg=2 at 2 and 4: tests/test_transformers.py"
+    "sync equals one device (relative L2 <= 1e-5, float32) at worlds 2, 3, 4, 5, rows and columns, batch 1 and 2, \
+uneven rows of tokens; displaced with a held input equals sync; cfg=2 at 2 and 4: tests/test_transformers.py"
 )
 
 
