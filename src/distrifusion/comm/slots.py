@@ -146,6 +146,10 @@ class Slots:
         self._due: _Chunk | None = None
         self.own: dict[str, Tensor] = {}  # own words of the step before, where the policy asks for them
 
+    def emptied(self) -> Slots:
+        """New ones, over the same ranks."""
+        return Slots(self._comm)
+
     def __contains__(self, key: str) -> bool:
         return key in self._entries
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
 from ..comm.slots import Slots
 from ..exchange import Exchange
@@ -15,6 +15,16 @@ class State:
 
     step: int = 0  # calls of the denoiser so far
     slots: Slots | None = None
+    is_checked: bool = False  # whether the ranks have compared what they were given
+    is_halved: bool = False  # whether only one half of the ranks makes its steps
+    last: Any = None  # what a call gave, for shapes and class
+
+    def restart(self) -> None:
+        """Begin anew, in the same picture."""
+        self.drain()
+        self.step, self.is_halved = 0, False
+        if self.slots is not None:
+            self.slots = self.slots.emptied()
 
     def drain(self) -> None:
         """Wait for what is still under way."""

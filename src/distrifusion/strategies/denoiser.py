@@ -6,10 +6,10 @@ import functools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from time import perf_counter
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from ..comm import Comm
 from ..config import ParallelConfig
@@ -20,8 +20,12 @@ from ..metrics import Report
 from ..models import Call, Table
 from . import strategy_for
 from .agreement import check_call, check_latents, probe
-from .guidance import Guidance
+from .base import State
+from .guidance import Guidance, Halves
+from .pairs import Pairs, Ran
 from .pictures import Pictures
+
+T = TypeVar("T")
 
 
 class ParallelDenoiser:
@@ -66,6 +70,10 @@ class ParallelDenoiser:
         self._holder = FrameHolder()
         self._layers: dict[int, Layer] = {}  # by id of their module
         self._pictures = Pictures(self._strategy, timesteps)
+        has_halves = self._mesh.size("cfg") > 1 and not self._feeders
+        branch = self._guidance.branch if has_halves else None
+        self._pairs = Pairs(branch, self._run, self._deliver, self._pictures.place, self._guarded)
+        self._kind = "sync"  # how fresh the last call was
         self.report = self._new_report()
         self._inner: Callable[..., Any] = table.model.forward
         self._previous = table.model.__dict__.get("forward")
@@ -135,27 +143,40 @@ class ParallelDenoiser:
             raise UnsupportedModel(
                 f"{type(self.model).__name__} gives no gradients to its latents while it is parallel"
             )
+        return self._guarded(lambda: self._step(call))
+
+    def _guarded(self, work: Callable[[], T]) -> T:
+        """Do work that runs the model, and write down what it took."""
+        started, counted = perf_counter(), self._comm.meter.totals()
         with torch.no_grad():
             try:
-                return self._step(call)
+                result = work()
             except BaseException:
                 self._pictures.abandon()
                 raise
             finally:
                 self._holder.frame = None
+        messages, num_bytes = self._comm.meter.totals()
+        self._cost.add(Cost(0, perf_counter() - started, messages - counted[0], num_bytes - counted[1]))
+        if self._table.gathers and self._cost.num_calls:
+            cost = self.take_cost()
+            self.report.step(self._kind, cost.seconds, cost.messages, cost.num_bytes)
+        return result
 
     def _step(self, call: Call) -> Any:
-        sample = call.sample
-        started = perf_counter()
-        counted = self._comm.meter.totals()
         fingerprint = self._table.fingerprint()
         conditioning = self._table.conditioning(call)
         state, is_new_picture = self._pictures.state(call, conditioning, fingerprint)
         if is_new_picture:
             self.report = self._new_report()
-        if state.step == 0:
+        if not state.is_checked:
             check_call(self._comm, call, self._config, conditioning)
             self._attach_layers()
+            state.is_checked = True
+        return self._pairs.call(call, state) if self._table.gathers else self._run(call, state).result
+
+    def _run(self, call: Call, state: State) -> Ran:
+        """Run the model on this rank's patch and part of the batch."""
         dim = 2 if self._config.split == "rows" else 3
         num_patches = self._mesh.size("patch")
         levels = self._table.levels(*self._table.size(call), num_patches, dim)
@@ -171,25 +192,24 @@ class ParallelDenoiser:
         result = self._inner(**own_call.arguments)
         if num_patches > 1:
             result = self._table.finish(result, frame)
-        if self._table.gathers:
-            own = self._table.fold(result[0], own_call, frame)
-            whole, probes = self._guidance.gather(own, probe(sample), sample.shape[0], levels, dim)
-            check_latents(probes)
-            whole = self._table.unfold(whole, result[0])
-            result = (whole, *result[1:]) if isinstance(result, tuple) else type(result)(whole)
+        own = self._table.fold(result[0], own_call, frame) if self._table.gathers else call.sample
         if not exchange.finish():
             self._pictures.forget()  # the model left out seams: the next step cannot build on this one
         state.step += 1
-        messages, num_bytes = self._comm.meter.totals()
-        self._cost.add(Cost(1, perf_counter() - started, messages - counted[0], num_bytes - counted[1]))
-        if self._table.gathers:
-            cost = self.take_cost()
-            for other in fed:
-                cost.add(other)
-            self.report.patches = levels.splits[0].sizes
-            kind = exchange.kind if num_patches > 1 else "sync"
-            self.report.step(kind, cost.seconds, cost.messages, cost.num_bytes)
-        return result
+        for cost in fed:
+            self._cost.add(cost)
+        self._cost.num_calls += 1
+        self._kind = exchange.kind if num_patches > 1 else "sync"
+        self.report.patches = levels.splits[0].sizes
+        return Ran(result, own, levels)
+
+    def _deliver(self, ran: Ran, call: Call, halves: Halves) -> Tensor:
+        """Everyone's predictions, as the model returns them. See `Pairs`."""
+        dim = 2 if self._config.split == "rows" else 3
+        batch = call.sample.shape[0]
+        whole, probes = self._guidance.gather(ran.own, probe(call.sample), batch, ran.levels, dim, halves)
+        check_latents(probes)
+        return self._table.unfold(whole, ran.result[0])
 
     def _own_batch(self, call: Call) -> Call:
         """The call for the part of the batch that is this rank's."""

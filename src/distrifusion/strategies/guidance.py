@@ -11,6 +11,9 @@ from ..comm import Comm
 from ..geometry import Levels, Span, Split
 from ..mesh import Mesh
 
+Halves = tuple[int, ...] | None
+"""Branches of guidance."""
+
 
 class Guidance:
     """Who computes which part of the batch, and how the predictions come together again.
@@ -23,33 +26,40 @@ class Guidance:
         self._mesh = mesh
         self._comm = comm
         self.patches = comm.split(mesh.groups("patch")) if mesh.size("cfg") > 1 else comm
-        self._branch = mesh.coordinate(comm.rank, "cfg")
+        self.branch = mesh.coordinate(comm.rank, "cfg")
 
     def share(self, batch: int) -> Span:
         """The part of the batch that is this rank's."""
-        return self._shares(batch)[self._branch]
+        return self._shares(batch)[self.branch]
 
-    def gather(self, own: Tensor, extra: Tensor, batch: int, levels: Levels, dim: int) -> tuple[Tensor, list[Tensor]]:
-        """The whole prediction ``[batch, C, H, W]`` from the own, and everyone's ``extra`` ``[n]``. One message."""
-        shares = self._shares(batch)
-        split = levels.splits[0]
-        alone = shares[0] == shares[-1]  # both branches have computed the same: no need to hear the other
-        comm = self.patches if alone else self._comm
+    def gather(
+        self, own: Tensor, extra: Tensor, batch: int, levels: Levels, dim: int, halves: Halves = None
+    ) -> tuple[Tensor, list[Tensor]]:
+        """The whole prediction ``[batch, C, H, W]`` from the own, and everyone's ``extra`` ``[n]``. One message.
+
+        ``halves`` are the branches whose ranks have a prediction of the batch, if these are not what `share` says: the
+        result is theirs, one after the other, and what another rank gives as its own counts for its shape only.
+        """
+        shares: list[Span | None] = [*self._shares(batch)]
+        alone = halves is None and shares[0] == shares[-1]  # both have computed the same: no need to hear the other
+        if halves is not None:
+            shares = [Span(0, batch) if branch in halves else None for branch in range(len(shares))]
+        split, comm = levels.splits[0], self.patches if alone else self._comm
+        branches = [0 if alone else self._mesh.coordinate(rank, "cfg") for rank in range(comm.world)]
         shapes = [
-            _part_shape(
-                own, shares[0 if alone else self._mesh.coordinate(rank, "cfg")], split, rank % split.num_patches, dim
-            )
-            for rank in range(comm.world)
+            _part_shape(own, shares[branch], split, rank % split.num_patches, dim)
+            for rank, branch in enumerate(branches)
         ]
         sizes = [shape.numel() + extra.numel() for shape in shapes]
-        flat = torch.cat([own.reshape(-1), extra.to(own.dtype)])
+        flat = torch.cat([own.reshape(-1)[: shapes[comm.rank].numel()], extra.to(own.dtype)])
         parts = comm.all_gather(flat, sizes, kind="output").wait()
         patches = [part[: shape.numel()].view(shape) for part, shape in zip(parts, shapes, strict=True)]
-        branches = [
+        wholes = [
             torch.cat(patches[first : first + split.num_patches], dim)
             for first in range(0, comm.world, split.num_patches)
+            if shares[branches[first]] is not None
         ]
-        whole = branches[0] if len(branches) == 1 else torch.cat(branches)
+        whole = wholes[0] if len(wholes) == 1 else torch.cat(wholes)
         return whole, [part[shape.numel() :] for part, shape in zip(parts, shapes, strict=True)]
 
     def _shares(self, batch: int) -> Sequence[Span]:
@@ -60,7 +70,7 @@ class Guidance:
         return [halves.span(i) for i in range(num_branches)]
 
 
-def _part_shape(own: Tensor, share: Span, split: Split, patch: int, dim: int) -> torch.Size:
-    shape = [len(share), *own.shape[1:]]
+def _part_shape(own: Tensor, share: Span | None, split: Split, patch: int, dim: int) -> torch.Size:
+    shape = [len(share) if share is not None else 0, *own.shape[1:]]
     shape[dim] = len(split.span(patch))
     return torch.Size(shape)

@@ -69,6 +69,11 @@ class Pictures:
         self._branches.append(_Branch(conditioning, shape, dtype, timestep, time, state))
         return state, is_new_picture
 
+    def place(self, state: State) -> tuple[int, int]:
+        """Which branch of the picture ``state`` is, in order of their first calls, and how many there are so far."""
+        states = [branch.state for branch in self._branches]
+        return next(i for i, other in enumerate(states) if other is state), len(states)
+
     def reset(self) -> None:
         """End the picture."""
         self.forget()
