@@ -39,7 +39,7 @@ class Later(Tensor):
     @staticmethod
     def __new__(cls, like: Tensor, ask: Callable[[], Tensor]) -> Later:
         """Of the shape, strides, dtype and device of ``like``, whose values do not matter."""
-        made: Later = Tensor._make_wrapper_subclass(  # type: ignore[attr-defined]
+        made: Later = Tensor._make_wrapper_subclass(
             cls, like.shape, strides=like.stride(), dtype=like.dtype, device=like.device
         )
         made._ask, made._value = ask, None
@@ -47,7 +47,7 @@ class Later(Tensor):
 
     def __init__(self, like: Tensor, ask: Callable[[], Tensor]) -> None: ...
 
-    def __repr__(self, *, tensor_contents: Any = None) -> str:
+    def __repr__(self, *, tensor_contents: Any = None) -> str:  # type: ignore[override]
         return f"Later(shape={tuple(self.shape)}, is_here={self._value is not None})"
 
     def fill(self, value: Tensor) -> None:
