@@ -21,7 +21,7 @@ __all__ = [
     "PatchGroupNorm",
     "PatchLinearAttention",
     "PatchSeam",
-    "PatchSides",
     "PatchSiLU",
+    "PatchSides",
     "PatchUpsample",
 ]

@@ -1,7 +1,7 @@
-"""Linear attention of a patch to the whole picture: what every token adds to one sum crosses the ranks, not the tokens.
+"""Linear attention of a patch to the whole picture: sums over tokens cross the ranks, not the tokens.
 
-A query reads of the keys K and values V ``[B, heads, tokens, D]`` of all tokens only ``V^T K`` and the sum of K, which is
-of one size whatever the picture's, and of which each rank adds up its own tokens' part.
+Of the keys K and values V ``[B, heads, tokens, D]`` of all tokens, a query reads no more than ``V^T K`` and the sum of
+K. Both have one size, whatever the picture's, and each rank adds up its own tokens' part.
 """
 
 from __future__ import annotations
@@ -21,9 +21,10 @@ from .tokens import TOKENS
 class PatchLinearAttention(Layer):
     """An attention module over own tokens ``[B, tokens, C]`` whose sums over tokens become those of the picture.
 
-    The processor that the user set runs as it is. Its first matrix product is ``[B, heads, D + 1, tokens]`` (values, and
-    a row of ones, which counts the keys) by ``[B, heads, tokens, D]`` (keys): the product of all tokens is the sum of
-    the patches' products, whatever their sizes. They are added in the dtype the processor computes in, in order of rank.
+    The processor that the user set runs as it is. Its first matrix product is ``[B, heads, D + 1, tokens]`` (values,
+    and a row of ones, for the sum of keys) by ``[B, heads, tokens, D]`` (keys): that of all tokens is the sum of the
+    patches' products, whatever their sizes. They are added in order of rank, in the dtype that the processor computes
+    in, which is float32.
 
     Args:
         module: the attention.

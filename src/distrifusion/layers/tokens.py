@@ -93,7 +93,7 @@ class PatchExit(Layer):
 
 
 class PatchSides(Layer):
-    """A block over own tokens that is told ``height`` and ``width`` of the picture in tokens: it gets those of the patch.
+    """A block over own tokens that asks for ``height`` and ``width`` of the picture in tokens: it gets the patch's.
 
     Such a block lays the tokens out in rows, ``[B, C, rows, W]``, for a convolution.
     """
