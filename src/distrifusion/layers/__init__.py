@@ -4,9 +4,10 @@ from .activation import PatchSiLU
 from .attention import PatchAttention
 from .base import Frame, FrameHolder, Layer
 from .conv import PatchConv
+from .linear_attention import PatchLinearAttention
 from .norm import PatchGroupNorm
 from .resample import PatchDownsample, PatchUpsample
-from .tokens import PatchEntry, PatchExit, PatchSeam
+from .tokens import PatchEntry, PatchExit, PatchSeam, PatchSides
 
 __all__ = [
     "Frame",
@@ -18,7 +19,9 @@ __all__ = [
     "PatchEntry",
     "PatchExit",
     "PatchGroupNorm",
+    "PatchLinearAttention",
     "PatchSeam",
     "PatchSiLU",
+    "PatchSides",
     "PatchUpsample",
 ]

@@ -6,6 +6,7 @@ them in one tokens. It stays whole on every rank.
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -89,6 +90,28 @@ class PatchExit(Layer):
         part = whole.narrow(frame.dim, span.start, len(span))  # [B, frames, rows, cols, C]: its dims 2 and 3 are ours
         part.copy_(own.view(part.shape))
         return whole.flatten(1, 3)
+
+
+class PatchSides(Layer):
+    """A block over own tokens that asks for ``height`` and ``width`` of the picture in tokens: it gets the patch's.
+
+    Such a block lays the tokens out in rows, ``[B, C, rows, W]``, for a convolution.
+    """
+
+    def __init__(self, module: nn.Module, key: str, holder: FrameHolder) -> None:
+        super().__init__(module, key, holder)
+        self._signature = inspect.signature(type(module).forward)
+
+    @property
+    def forward(self) -> Callable[..., Any]:
+        """See Layer."""
+        return self._forward
+
+    def _forward(self, *args: Any, **kwargs: Any) -> Any:
+        frame, call = self.frame, self._signature.bind(self.module, *args, **kwargs)
+        own = frame.split(TOKENS).sizes[frame.patch]
+        call.arguments["height"], call.arguments["width"] = frame.sides(TOKENS, own)
+        return type(self.module).forward(*call.args, **call.kwargs)
 
 
 class PatchSeam(Layer):

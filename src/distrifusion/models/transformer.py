@@ -2,7 +2,8 @@
 
 Between its embedding and its last projection a transformer works on each token alone, but for attention. So a plan
 names the modules after which tokens stand in a sequence (``entries``), the one after which they do not (``exit``), the
-attentions over image tokens (``seams``), and how to read the size of the picture off a call. Plans are in `plans`.
+attentions over image tokens (``seams``, ``sums``), and how to read the size of the picture off a call. Plans are in
+`plans`.
 """
 
 from __future__ import annotations
@@ -17,10 +18,20 @@ from torch import Tensor, nn
 
 from ..errors import ConfigError, UnsupportedModel
 from ..geometry import Levels, Split
-from ..layers import Frame, FrameHolder, Layer, PatchEntry, PatchExit, PatchSeam
-from ..layers.tokens import Place, Tokens
-from .blocks import Fingerprint
+from ..layers import (
+    Frame,
+    FrameHolder,
+    Layer,
+    PatchEntry,
+    PatchExit,
+    PatchLinearAttention,
+    PatchSeam,
+    PatchSides,
+)
+from ..layers.tokens import TOKENS, Place, Tokens, own_tokens
+from .blocks import Fingerprint, walk_over
 from .table import Call, bind, check_module, unsupported
+from .table import Place as OnLevel
 
 
 @dataclass(frozen=True)
@@ -34,7 +45,7 @@ class Grid:
 
 @dataclass(frozen=True)
 class Plan:
-    """What one class of transformers is made of. Module names are patterns, as of a shell.
+    """What one class of transformers is made of. Module names are patterns, as of a shell; none reaches over a dot.
 
     Args:
         model: the class, exactly.
@@ -44,6 +55,10 @@ class Plan:
         exit: the last module over tokens.
         grid: of a call's picture.
         patch: rows of a latent behind a row of tokens; 1 where the latents come as tokens.
+        sums: linear attentions over image tokens, and the processors that may be theirs: see PatchLinearAttention.
+        convs: convolutions over tokens in rows.
+        sides: blocks that lay tokens out in rows, by a ``height`` and ``width`` that they are given.
+        cuts: arguments that hold the tokens of the whole picture, or are lists or tuples of such, and how.
         texts: attentions that see no image token among their keys, or belong to the text alone.
         conditions: arguments that stay the same in a picture and guidance branch.
         unknown: arguments that are refused when given.
@@ -56,6 +71,10 @@ class Plan:
     grid: Callable[[Any, Call], Grid]
     exit: str = "proj_out"
     patch: Callable[[Any], int] = field(default=lambda model: int(model.config.patch_size))
+    sums: Mapping[str, tuple[type, ...]] = field(default_factory=dict)
+    convs: tuple[str, ...] = ()
+    sides: tuple[str, ...] = ()
+    cuts: Mapping[str, Tokens] = field(default_factory=dict)
     texts: tuple[str, ...] = ()
     conditions: tuple[str, ...] = ("encoder_hidden_states",)
     unknown: tuple[str, ...] = ()
@@ -98,14 +117,21 @@ class TransformerTable:
     def layers(self, holder: FrameHolder) -> Iterator[Layer]:
         """See Table."""
         plan, used = self._plan, set[str]()
+        walk = walk_over(holder)
         for name, module in self.model.named_modules():
-            if module is self.model:
+            if module is self.model or id(module) in walk.seen:
                 continue
             check_module(module, name)
             if (pattern := _match(name, plan.entries)) is not None:
                 yield PatchEntry(module, name, holder, tokens=plan.entries[pattern])
             elif (pattern := _match(name, plan.seams)) is not None:
                 yield PatchSeam(module, name, holder, place=plan.seams[pattern])
+            elif (pattern := _match(name, plan.sums)) is not None:
+                yield PatchLinearAttention(module, name, holder, processors=plan.sums[pattern])
+            elif (pattern := _match(name, plan.sides)) is not None:
+                yield PatchSides(module, name, holder)
+            elif (pattern := _match(name, plan.convs)) is not None:
+                yield from walk(module, name, OnLevel(TOKENS, TOKENS))  # of what an adapter has put around it, too
             elif name == plan.exit:
                 pattern = name
                 yield PatchExit(module, name, holder)
@@ -131,8 +157,9 @@ class TransformerTable:
         return tuple(call.arguments.get(name) for name in self._plan.conditions)
 
     def localise(self, call: Call, frame: Frame, *, fed: bool) -> Call:
-        """See Table. Tokens are cut by the entries, inside the model."""
-        return call
+        """See Table. Tokens that come of the latents are cut by the entries, inside the model."""
+        cut = {name: tokens for name, tokens in self._plan.cuts.items() if call.arguments.get(name) is not None}
+        return call.having(**{name: own_tokens(call.arguments[name], tokens, frame) for name, tokens in cut.items()})
 
     def fold(self, output: Tensor, call: Call, frame: Frame) -> Tensor:
         """See Table: of tokens ``[B, tokens, C]``, pictures ``[B, C, H, W]`` or videos ``[B, C, frames, H, W]``."""
@@ -159,15 +186,15 @@ class TransformerTable:
         return False
 
     def splits_guidance(self) -> bool:
-        """See Table."""
-        return True
+        """See Table. PAG's processors expect all branches in one batch."""
+        return not any("PAG" in type(getattr(each, "processor", None)).__name__ for each in self.model.modules())
 
 
 _READS_BEYOND = (nn.modules.conv._ConvNd, nn.GroupNorm, nn.modules.pooling._AvgPoolNd, nn.modules.batchnorm._NormBase)
 
 
 def _match(name: str, patterns: Any) -> str | None:
-    return next((pattern for pattern in patterns if fnmatchcase(name, pattern)), None)
+    return next((each for each in patterns if each.count(".") == name.count(".") and fnmatchcase(name, each)), None)
 
 
 def of_latent(model: Any, call: Call) -> Grid:
