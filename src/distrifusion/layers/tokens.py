@@ -27,10 +27,14 @@ Place = Literal["first", "last"]
 
 @dataclass(frozen=True)
 class Tokens:
-    """How a tensor holds image tokens: along ``dim``, before (``"first"``) or after (``"last"``) the rest there."""
+    """How a tensor holds image tokens: along ``dim``, before (``"first"``) or after (``"last"``) the rest there.
+
+    ``is_map``: they stand not in one dim but in three, frames, rows and columns, of which ``dim`` is the first.
+    """
 
     dim: int = 1
     place: Place = "last"
+    is_map: bool = False
 
     def parts(self, x: Tensor, num_tokens: int) -> tuple[Tensor, Tensor]:
         """The ``num_tokens`` image tokens, and the rest."""
@@ -53,8 +57,9 @@ class Tokens:
 class PatchEntry(Layer):
     """A module whose output is about all tokens, on every rank: own rows out.
 
-    The embedding of patches ``[B, tokens, C]``, or a table of positions ``[text and tokens, D]``; every tensor of a
-    tuple of them. The module itself runs whole, which costs little, so that it needs to know nothing of patches.
+    The embedding of patches ``[B, tokens, C]`` or ``[B, C, frames, rows, cols]``, or a table of positions
+    ``[text and tokens, D]``; every tensor of a tuple of them. The module itself runs whole, which costs little, so that
+    it needs to know nothing of patches.
     """
 
     def __init__(self, module: nn.Module, key: str, holder: FrameHolder, *, tokens: Tokens) -> None:
@@ -93,9 +98,10 @@ class PatchExit(Layer):
 
 
 class PatchSides(Layer):
-    """A block over own tokens that asks for ``height`` and ``width`` of the picture in tokens: it gets the patch's.
+    """A block over own tokens that is told sizes of the picture in tokens: it gets the patch's.
 
-    Such a block lays the tokens out in rows, ``[B, C, rows, W]``, for a convolution.
+    A block that lays the tokens out in rows ``[B, C, rows, W]``, for a convolution, asks for ``height`` and ``width``;
+    one that treats the first frame of a video in a way of its own asks for the ``num_tokens`` of a frame.
     """
 
     def __init__(self, module: nn.Module, key: str, holder: FrameHolder) -> None:
@@ -110,7 +116,9 @@ class PatchSides(Layer):
     def _forward(self, *args: Any, **kwargs: Any) -> Any:
         frame, call = self.frame, self._signature.bind(self.module, *args, **kwargs)
         own = frame.split(TOKENS).sizes[frame.patch]
-        call.arguments["height"], call.arguments["width"] = frame.sides(TOKENS, own)
+        height, width = frame.sides(TOKENS, own)
+        sizes = {"height": height, "width": width, "num_tokens": height * width}
+        call.arguments.update({name: sizes[name] for name in self._signature.parameters if name in sizes})
         return type(self.module).forward(*call.args, **call.kwargs)
 
 
@@ -198,14 +206,21 @@ class _Attending(TorchFunctionMode):
 
 
 def own_tokens(x: Any, tokens: Tokens, frame: Frame) -> Any:
-    """Own rows of tensors that hold the tokens of the whole picture; of each in a tuple or list."""
+    """Own rows of tensors that hold the tokens of the whole picture; of each in a tuple or list.
+
+    Raises:
+        UnsupportedModel: a tensor of fewer tokens, or a map of another size.
+    """
     if isinstance(x, tuple | list):
         return type(x)(own_tokens(each, tokens, frame) for each in x)
     if not isinstance(x, Tensor):
         return x
     split, dim = frame.split(TOKENS), tokens.dim % x.ndim
-    sides = frame.sides(TOKENS, split.size)
+    shape, span = (frame.num_frames, *frame.sides(TOKENS, split.size)), split.span(frame.patch)
+    if tokens.is_map:
+        if tuple(x.shape[dim : dim + 3]) != shape:
+            raise UnsupportedModel(f"a map of {tuple(x.shape[dim : dim + 3])} tokens is not one of {shape}")
+        return x.narrow(dim + frame.dim - 1, span.start, len(span))
     image, rest = tokens.parts(x, sum(frame.num_tokens(TOKENS)))
-    span = split.span(frame.patch)
-    own = torch.unflatten(image, dim, (frame.num_frames, *sides)).narrow(dim + frame.dim - 1, span.start, len(span))
+    own = torch.unflatten(image, dim, shape).narrow(dim + frame.dim - 1, span.start, len(span))
     return Tokens(dim, tokens.place).joined([own.flatten(dim, dim + 2)], rest)

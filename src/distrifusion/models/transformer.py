@@ -57,8 +57,9 @@ class Plan:
         patch: rows of a latent behind a row of tokens; 1 where the latents come as tokens.
         sums: linear attentions over image tokens, and the processors that may be theirs: see PatchLinearAttention.
         convs: convolutions over tokens in rows.
-        sides: blocks that lay tokens out in rows, by a ``height`` and ``width`` that they are given.
-        cuts: arguments that hold the tokens of the whole picture, or are lists or tuples of such, and how.
+        sides: blocks that are told sizes of the picture in tokens: see PatchSides.
+        cuts: arguments that hold the tokens of the whole picture, or are lists or tuples of such, and how. One without
+            that dim, or of 1 there, is for all tokens and stays, such as a timestep.
         texts: attentions that see no image token among their keys, or belong to the text alone.
         conditions: arguments that stay the same in a picture and guidance branch.
         unknown: arguments that are refused when given.
@@ -159,7 +160,7 @@ class TransformerTable:
     def localise(self, call: Call, frame: Frame, *, fed: bool) -> Call:
         """See Table. Tokens that come of the latents are cut by the entries, inside the model."""
         cut = {name: tokens for name, tokens in self._plan.cuts.items() if call.arguments.get(name) is not None}
-        return call.having(**{name: own_tokens(call.arguments[name], tokens, frame) for name, tokens in cut.items()})
+        return call.having(**{name: _own(call.arguments[name], tokens, frame) for name, tokens in cut.items()})
 
     def fold(self, output: Tensor, call: Call, frame: Frame) -> Tensor:
         """See Table: of tokens ``[B, tokens, C]``, pictures ``[B, C, H, W]`` or videos ``[B, C, frames, H, W]``."""
@@ -188,6 +189,11 @@ class TransformerTable:
     def splits_guidance(self) -> bool:
         """See Table. PAG's processors expect all branches in one batch."""
         return not any("PAG" in type(getattr(each, "processor", None)).__name__ for each in self.model.modules())
+
+
+def _own(value: Any, tokens: Tokens, frame: Frame) -> Any:
+    is_for_all = isinstance(value, Tensor) and (value.ndim <= tokens.dim or value.shape[tokens.dim] == 1)
+    return value if is_for_all else own_tokens(value, tokens, frame)
 
 
 _READS_BEYOND = (nn.modules.conv._ConvNd, nn.GroupNorm, nn.modules.pooling._AvgPoolNd, nn.modules.batchnorm._NormBase)
