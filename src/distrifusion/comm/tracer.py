@@ -36,12 +36,12 @@ class Wait:
 
 @dataclass
 class Work:
-    """A call of the denoiser, or of one of its modules (``depth`` modules deep), waits included."""
+    """A call of the denoiser (``is_step``) or of one of its modules, waits included."""
 
     name: str
-    depth: int
     start: float
     end: float
+    is_step: bool = False
 
 
 @dataclass
