@@ -96,14 +96,14 @@ def test_a_resized_workload_is_the_one_that_would_be_loaded() -> None:
 def test_the_table_shows_every_row_and_says_what_is_not_known() -> None:
     from rich.console import Console
 
-    plan = Plan("sdxl-mini", ((1024, 768),), 1, (Case(None), Case("sync", 2)))
+    plan = Plan("sdxl-mini", ((1024, 768), (64, 64)), 1, (Case(None), Case("sync", 2)))
     bare = Timing(plan.cases[0], (1024, 768), [2.0], [2.0], [0.0], peaks=[3 << 30])
     sync = Timing(plan.cases[1], (1024, 768), [1.0], [2.0], [0.1], 103, 1 << 20, [2 << 30, None])
     console = Console(width=200)
     with console.capture() as capture:
         console.print(table(summary(plan, [bare, sync])))
     lines = capture.get().splitlines()
-    assert "sdxl-mini, 1024 x 768 px, batch 1, float32, cpu" in lines[0]
+    assert "sdxl-mini, 1024 x 768, 64 x 64 px, batch 1, float32, cpu" in lines[0]
     (row,) = [line for line in lines if "sync" in line]
     assert [cell.strip() for cell in row.split("│")[1:-1]] == [
         *("sync", "1024 x 768", "2", "1.000", "0.0%", "2.00", "-", "100%", "2.000", "0.100", "103", "1.0 MiB", "-"),

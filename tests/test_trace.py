@@ -113,7 +113,7 @@ def test_the_trace_of_a_benchmark(ranks):
         assert {wait["cname"] for wait in waits} == {"terrible"}
         steps = spans(found, rank, STEPS)
         assert [step["name"] for step in steps] == [
-            *["bare model, 1 ranks, 128 x 64"] * (2 if rank == 0 else 0),
+            *["bare model, 1 rank, 128 x 64"] * (2 if rank == 0 else 0),
             *["sync, 2 ranks, 128 x 64"] * (2 if rank < 2 else 0),
             *["displaced, 3 ranks, 128 x 64"] * 2,
             *["naive, 3 ranks, 128 x 64"] * 2,

@@ -170,7 +170,7 @@ def _show(order: Order, found: Found, only_json: bool) -> None:
 
     plot, trace = order.plot, order.trace
     if not only_json:
-        Console(width=max(Console().width, 150)).print(table(found.summary))
+        Console(width=max(Console().width, 170)).print(table(found.summary))
     typer.echo(json.dumps(found.summary))  # first: a file that fails must not cost what was measured
     if plot is not None:
         write_whole(plot, lambda part: draw(found.summary, part))

@@ -121,7 +121,8 @@ class Bench:
 
     def _trace(self, timing: Timing, recorder: Recorder) -> None:
         comm, work = self._comms[timing.case.world], self._work[timing.size]
-        label = f"{timing.case.name}, {timing.case.world} ranks, {timing.size[0]} x {timing.size[1]}"
+        ranks = "1 rank" if comm.world == 1 else f"{comm.world} ranks"
+        label = f"{timing.case.name}, {ranks}, {timing.size[0]} x {timing.size[1]}"
         with recorder.modules(work.model), _spread(work, timing.case, comm):
             for step in range(WARM_UP + self._plan.steps):
                 sample = work.sample(step)

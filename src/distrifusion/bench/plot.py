@@ -22,7 +22,7 @@ def check_library() -> None:
 def draw(found: dict[str, Any], path: Path) -> None:
     """Write the rows of `summary` to ``path`` as PNG.
 
-    Bars of an error reach from the lower to the upper quartile of the times, as far as `Timing.spread` tells them.
+    The bars of error are `Timing.spread` of the speed-up to each side.
     """
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
@@ -31,7 +31,7 @@ def draw(found: dict[str, Any], path: Path) -> None:
     sizes = [tuple(size) for size in settings["sizes"]]
     figure = Figure(figsize=(0.8 + 4.4 * len(sizes), 4.2), layout="constrained")
     FigureCanvasAgg(figure)  # without pyplot, which would look for a display
-    for axes, size in zip(figure.subplots(1, len(sizes), squeeze=False)[0], sizes, strict=True):
+    for axes, size in zip(figure.subplots(1, len(sizes), squeeze=False, sharey=True)[0], sizes, strict=True):
         rows = [row for row in found["cases"] if (row["height"], row["width"]) == size]
         worlds = sorted({row["world"] for row in rows})
         axes.plot([1, worlds[-1]], [1, worlds[-1]], color="0.7", linestyle="--", label="linear")

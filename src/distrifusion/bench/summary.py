@@ -57,8 +57,9 @@ def table(found: dict[str, Any]) -> Any:
     sizes = ", ".join(f"{height} x {width}" for height, width in settings["sizes"])
     title = f"{settings['model']}, {sizes} px, batch {settings['batch']}, {settings['dtype']}, {settings['device']}"
     grid = Table(title=title)
-    columns = ["case", "size", "ranks", "s/step", "spread", "x one rank", "x all threads", "of linear", "CPU s"]
-    columns += ["waits s", "messages", "bytes", "memory"]
+    several = len(settings["sizes"]) > 1
+    columns = ["case", *(["size"] if several else []), "ranks", "s/step", "spread", "x one rank", "x all threads"]
+    columns += ["of linear", "CPU s", "waits s", "messages", "bytes", "memory"]
     for name in columns:
         grid.add_column(name, justify="left" if name == "case" else "right", no_wrap=True)
     size = None
@@ -69,7 +70,7 @@ def table(found: dict[str, Any]) -> Any:
         threaded, peaks = row["speedup_over_threads"], row["peak_memory_per_rank"]
         grid.add_row(
             row["case"],
-            f"{size[0]} x {size[1]}",
+            *([f"{size[0]} x {size[1]}"] if several else []),
             str(row["world"]),
             f"{row['seconds_per_step']:.3f}",
             f"{row['spread']:.1%}",
