@@ -65,6 +65,7 @@ def test_measures_every_case_and_counts_what_is_sent(tiny: str) -> None:
         assert row["share_of_linear"] == pytest.approx(row["speedup"] / row["world"], abs=2e-3)
         assert len(row["peak_memory_per_rank"]) == row["world"]
     assert json.loads(json.dumps(found))["bench"]["model"] == "tiny"
+    assert found["wire"] == "threads"
 
 
 def test_every_size_has_a_baseline_of_its_own(tiny: str) -> None:
@@ -101,9 +102,9 @@ def test_the_table_shows_every_row_and_says_what_is_not_known() -> None:
     sync = Timing(plan.cases[1], (1024, 768), [1.0], [2.0], [0.1], 103, 1 << 20, [2 << 30, None])
     console = Console(width=200)
     with console.capture() as capture:
-        console.print(table(summary(plan, [bare, sync])))
+        console.print(table(summary(plan, [bare, sync], "gloo")))
     lines = capture.get().splitlines()
-    assert "sdxl-mini, 1024 x 768, 64 x 64 px, batch 1, float32, cpu" in lines[0]
+    assert "sdxl-mini, 1024 x 768, 64 x 64 px, batch 1, float32, cpu over gloo" in lines[0]
     (row,) = [line for line in lines if "sync" in line]
     assert [cell.strip() for cell in row.split("│")[1:-1]] == [
         *("sync", "1024 x 768", "2", "1.000", "0.0%", "2.00", "-", "100%", "2.000", "0.100", "103", "1.0 MiB", "-"),
@@ -210,7 +211,7 @@ def test_the_plot_is_a_picture_with_a_panel_for_each_size(tmp_path: Path) -> Non
             for case in plan.cases
         ]
         path = tmp_path / f"{len(shown)}.png"
-        plot.draw(json.loads(json.dumps(summary(plan, timings))), path)
+        plot.draw(json.loads(json.dumps(summary(plan, timings, "gloo"))), path)
         with Image.open(path) as image:
             image.verify()
             widths.append(image.size[0])
@@ -220,7 +221,7 @@ def test_the_plot_is_a_picture_with_a_panel_for_each_size(tmp_path: Path) -> Non
 def test_alone_the_command_starts_its_ranks_and_writes_the_trace(tmp_path: Path) -> None:
     trace = tmp_path / "trace.json"
     words = [*DISTRIFUSION, *SHORT, "--world", "2", "--strategy", "displaced", "--json", "--trace", str(trace)]
-    done = subprocess.run([sys.executable, *words], capture_output=True, text=True, timeout=120)
+    done = subprocess.run([sys.executable, *words], capture_output=True, text=True, timeout=300)
     assert (done.returncode, done.stderr) == (0, "")
     assert done.stdout.count("\n") == 1
     rows = json.loads(done.stdout)["cases"]
@@ -232,7 +233,7 @@ def test_alone_the_command_starts_its_ranks_and_writes_the_trace(tmp_path: Path)
 
 def test_under_torchrun_the_given_ranks_join() -> None:
     words = [*TORCHRUN, *DISTRIFUSION, *SHORT, "--strategy", "sync", "--json"]
-    done = subprocess.run([sys.executable, *words], capture_output=True, text=True, timeout=120)
+    done = subprocess.run([sys.executable, *words], capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("\n") == 1  # rank 0 alone
     rows = json.loads(done.stdout)["cases"]
@@ -241,7 +242,7 @@ def test_under_torchrun_the_given_ranks_join() -> None:
 
 def test_under_torchrun_a_world_that_was_not_started_is_refused_once() -> None:
     words = [*TORCHRUN, *DISTRIFUSION, *SHORT, "--world", "3"]
-    done = subprocess.run([sys.executable, *words], capture_output=True, text=True, timeout=120)
+    done = subprocess.run([sys.executable, *words], capture_output=True, text=True, timeout=300)
     assert done.returncode != 0
     errors = [line for line in done.stderr.splitlines() if line.startswith("error:")]
     assert errors == ["error: --world 3 where torchrun has started 2 ranks: start more"]

@@ -117,19 +117,19 @@ def carries(comm, where_not):
     heard = {peer: words.unique().tolist() for peer, words in route.wait().direct.items()}
     assert heard == {peer: [peer] for peer in peers}
     assert part.all_gather_object(part.rank) == list(range(part.world))
-    wire, kind = type(part._wire).__name__, type(route).__name__
+    wire, kind = part.wire, type(route).__name__
     part.close()
     return wire, kind
 
 
 @pytest.mark.parametrize("where_not", [[0, 1, 2], [1]])
 def test_one_rank_that_may_not_share_memory_keeps_all_on_gloo(pool, where_not):
-    assert pool.run(carries, 3, where_not) == [("GlooChannel", "PlainRoute")] * 3
+    assert pool.run(carries, 3, where_not) == [("gloo", "PlainRoute")] * 3
 
 
 @pytest.mark.skipif(platform.machine() not in ("x86_64", "AMD64"), reason="shared memory is for x86")
 def test_without_the_switch_ranks_share_memory(pool):
-    assert pool.run(carries, 3, []) == [("SharedChannel", "SharedRoute")] * 3
+    assert pool.run(carries, 3, []) == [("shared memory", "SharedRoute")] * 3
 
 
 def test_ranks_that_do_not_see_each_others_files_have_no_shared_channel(tmp_path, monkeypatch):

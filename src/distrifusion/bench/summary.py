@@ -14,10 +14,11 @@ from .measure import Timing
 from .plan import Plan
 
 
-def summary(plan: Plan, timings: Sequence[Timing]) -> dict[str, Any]:
+def summary(plan: Plan, timings: Sequence[Timing], wire: str) -> dict[str, Any]:
     """The one JSON object: medians, and ratios to the bare model of the same run and size.
 
-    ``speedup_over_threads`` is over one process with all threads, None where that was no case of its own.
+    ``wire`` is what the ranks talk over. ``speedup_over_threads`` is over one process with all threads, None where that
+    was no case of its own.
     """
     settings = plan.as_dict()
     settings.pop("cases")
@@ -46,7 +47,8 @@ def summary(plan: Plan, timings: Sequence[Timing]) -> dict[str, Any]:
                 "peak_memory_per_rank": timing.peaks,
             }
         )
-    return {"bench": settings, "torch": torch.__version__, "cpus": os.cpu_count(), "cases": rows}
+    machine = {"torch": torch.__version__, "cpus": os.cpu_count(), "wire": wire}
+    return {"bench": settings, **machine, "cases": rows}
 
 
 def table(found: dict[str, Any]) -> Any:
@@ -55,7 +57,8 @@ def table(found: dict[str, Any]) -> Any:
 
     settings = found["bench"]
     sizes = ", ".join(f"{height} x {width}" for height, width in settings["sizes"])
-    title = f"{settings['model']}, {sizes} px, batch {settings['batch']}, {settings['dtype']}, {settings['device']}"
+    where = f"{settings['device']} over {found['wire']}"
+    title = f"{settings['model']}, {sizes} px, batch {settings['batch']}, {settings['dtype']}, {where}"
     grid = Table(title=title)
     several = len(settings["sizes"]) > 1
     columns = ["case", *(["size"] if several else []), "ranks", "s/step", "spread", "x one rank", "x all threads"]

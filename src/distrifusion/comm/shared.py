@@ -139,6 +139,8 @@ class _Parcel:
 class SharedChannel:
     """See `Channel`. Broadcasts, which are rare, stay with the channel below."""
 
+    name = "shared memory"
+
     def __init__(self, below: Any, outgoing: dict[int, Lane], incoming: dict[int, Lane], position: int) -> None:
         self._below = below
         self._outgoing, self._incoming = outgoing, incoming

@@ -113,6 +113,11 @@ class ThreadComm(BaseComm):
         self._num_rounds = 0
         self._num_splits = 0
 
+    @property
+    def wire(self) -> str:
+        """See `Comm.wire`."""
+        return "threads"
+
     def swap(self, sends: Mapping[int, Tensor], recvs: Mapping[int, Tensor], *, kind: str) -> Pending[None]:
         """See `Comm.swap`."""
         self._check_swap(sends, recvs)

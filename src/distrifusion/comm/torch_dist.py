@@ -130,6 +130,11 @@ class TorchComm(BaseComm):
         comm._default_is_ours = False
         return comm
 
+    @property
+    def wire(self) -> str:
+        """See `Comm.wire`."""
+        return self._wire.name if self._wire is not None else "nothing"
+
     def _join(self, ranks: Sequence[int], names: Sequence[int] | None) -> None:
         """Take the place in a group of global ``ranks``; ``names`` are what errors call them."""
         self._ranks = list(ranks)
