@@ -1,13 +1,44 @@
-"""The benchmark measures what it says: cases, ratios, counts; and refuses what it cannot measure."""
+"""The benchmark measures what it says: cases, sizes, ratios, counts, memory; and refuses what it cannot measure."""
+
+from __future__ import annotations
 
 import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
 
 import pytest
+import torch
 
 import distrifusion as df
-from distrifusion.bench.measure import Case, Plan, cases_for, measure, summary
+from distrifusion.bench import memory, plot
+from distrifusion.bench.measure import Bench, Timing
+from distrifusion.bench.memory import PeakMemory
+from distrifusion.bench.plan import Case, Plan, cases_for, parse_sizes
+from distrifusion.bench.start import measure
+from distrifusion.bench.summary import summary, table
 from distrifusion.bench.workload import SHAPES, check_name, load
 from distrifusion.cli import run
+
+DISTRIFUSION = ["-m", "distrifusion", "bench"]
+TORCHRUN = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+SHORT = ["--size", "64", "--rounds", "1", "--steps", "1"]
+
+
+@pytest.fixture
+def tiny(monkeypatch: pytest.MonkeyPatch) -> str:
+    """A shape smaller than any real one: what is tested is the bookkeeping."""
+    shape = {**SHAPES["sdxl-mini"], "block_out_channels": (32, 32, 32), "attention_head_dim": 1}
+    monkeypatch.setitem(SHAPES, "tiny", shape)
+    return "tiny"
+
+
+def found_of(plan: Plan) -> dict[str, Any]:
+    found = df.run_ranks(plan.world, lambda comm: measure(plan, comm))
+    assert found[1:] == [None] * (plan.world - 1)  # rank 0 alone speaks
+    assert found[0] is not None
+    return found[0].summary
 
 
 def test_cases_put_the_bare_model_first_and_one_rank_once() -> None:
@@ -19,12 +50,9 @@ def test_mini_shape_has_33_million_parameters() -> None:
     assert sum(p.numel() for p in load("sdxl-mini", 8, 8).model.parameters()) == pytest.approx(33e6, rel=0.01)
 
 
-def test_measures_every_case_and_counts_what_is_sent(monkeypatch: pytest.MonkeyPatch) -> None:
-    # Smaller than any real shape: what is tested is the bookkeeping.
-    tiny = {**SHAPES["sdxl-mini"], "block_out_channels": (32, 32, 32), "attention_head_dim": 1}
-    monkeypatch.setitem(SHAPES, "tiny", tiny)
-    plan = Plan("tiny", 16, 16, 1, cases_for(["sync", "displaced", "naive"], [1, 2, 3], 1), rounds=2, steps=2)
-    found = summary(plan, df.run_ranks(3, lambda comm: measure(plan, comm))[0])
+def test_measures_every_case_and_counts_what_is_sent(tiny: str) -> None:
+    plan = Plan(tiny, ((128, 128),), 1, cases_for(["sync", "displaced", "naive"], [1, 2, 3], 1), rounds=2, steps=2)
+    found = found_of(plan)
     rows = {(row["case"], row["world"]): row for row in found["cases"]}
     assert len(rows) == 1 + 1 + 3 + 3
     assert rows["bare model", 1]["speedup"] == 1.0
@@ -35,15 +63,89 @@ def test_measures_every_case_and_counts_what_is_sent(monkeypatch: pytest.MonkeyP
     for row in rows.values():
         assert row["seconds_per_step"] > 0
         assert row["share_of_linear"] == pytest.approx(row["speedup"] / row["world"], abs=2e-3)
+        assert len(row["peak_memory_per_rank"]) == row["world"]
     assert json.loads(json.dumps(found))["bench"]["model"] == "tiny"
+    assert found["wire"] == "threads"
+
+
+def test_every_size_has_a_baseline_of_its_own(tiny: str) -> None:
+    plan = Plan(tiny, ((64, 64), (128, 64)), 2, cases_for(["sync"], [2], 2), rounds=1, steps=2)
+    found = found_of(plan)
+    by_size = {size: [row for row in found["cases"] if (row["height"], row["width"]) == size] for size in plan.sizes}
+    assert [row["case"] for row in found["cases"]] == ["bare model", "bare model, 2 threads", "sync"] * 2
+    for rows in by_size.values():
+        bare, threaded, sync = rows
+        assert (bare["speedup"], threaded["speedup_over_threads"]) == (1.0, 1.0)
+        assert sync["speedup"] == pytest.approx(bare["seconds_per_step"] / sync["seconds_per_step"], rel=0.02)
+        over_threads = threaded["seconds_per_step"] / sync["seconds_per_step"]
+        assert sync["speedup_over_threads"] == pytest.approx(over_threads, rel=0.02)
+    # Twice the rows: all that travels between two ranks of rows is halos, as before, and K and V, twice as many.
+    small, large = (rows[2]["bytes_per_step"] for rows in by_size.values())
+    assert small < large < 2 * small
+    assert [list(size) for size in found["bench"]["sizes"]] == [[64, 64], [128, 64]]
+
+
+def test_a_resized_workload_is_the_one_that_would_be_loaded() -> None:
+    resized, loaded = load("sdxl-mini", 8, 8, 2).resized(16, 24), load("sdxl-mini", 16, 24, 2)
+    assert resized.sample_shape == loaded.sample_shape == (2, 4, 16, 24)
+    assert torch.equal(resized.sample(3), loaded.sample(3))
+    words, wanted = resized.arguments["added_cond_kwargs"], loaded.arguments["added_cond_kwargs"]
+    assert words["time_ids"].tolist() == wanted["time_ids"].tolist() == [[128.0, 192.0, 0.0, 0.0, 128.0, 192.0]] * 2
+    assert torch.equal(words["text_embeds"], wanted["text_embeds"])
+
+
+def test_the_table_shows_every_row_and_says_what_is_not_known() -> None:
+    from rich.console import Console
+
+    plan = Plan("sdxl-mini", ((1024, 768), (64, 64)), 1, (Case(None), Case("sync", 2)))
+    bare = Timing(plan.cases[0], (1024, 768), [2.0], [2.0], [0.0], peaks=[3 << 30])
+    sync = Timing(plan.cases[1], (1024, 768), [1.0], [2.0], [0.1], 103, 1 << 20, [2 << 30, None])
+    console = Console(width=200)
+    with console.capture() as capture:
+        console.print(table(summary(plan, [bare, sync], "gloo")))
+    lines = capture.get().splitlines()
+    assert "sdxl-mini, 1024 x 768, 64 x 64 px, batch 1, float32, cpu over gloo" in lines[0]
+    (row,) = [line for line in lines if "sync" in line]
+    assert [cell.strip() for cell in row.split("│")[1:-1]] == [
+        *("sync", "1024 x 768", "2", "1.000", "0.0%", "2.00", "-", "100%", "2.000", "0.100", "103", "1.0 MiB", "-"),
+    ]
+    assert "3.00 GiB" in capture.get()
 
 
 def test_timing_is_the_median_and_the_quartiles() -> None:
-    from distrifusion.bench.measure import Timing
-
-    timing = Timing(Case("sync", 2), seconds=[1.0, 2.0, 3.0, 4.0, 100.0])
+    timing = Timing(Case("sync", 2), (64, 64), seconds=[1.0, 2.0, 3.0, 4.0, 100.0])
     assert timing.pace == 3.0
     assert timing.spread == pytest.approx((52.0 - 1.5) / 2 / 3.0)
+
+
+@pytest.mark.skipif(PeakMemory(torch.device("cpu")).read() is None, reason="this system does not count peaks anew")
+def test_peak_memory_is_that_of_the_case_and_not_of_one_before() -> None:
+    size = 256 << 20
+    first = PeakMemory(torch.device("cpu"))
+    block = torch.ones(size, dtype=torch.uint8)
+    before = first.read()
+    del block
+    second = PeakMemory(torch.device("cpu"))
+    small = second.read()
+    assert before is not None
+    assert small is not None
+    assert before - small == pytest.approx(size, rel=0.2)  # what else the process gives back is far less
+    torch.ones(size // 2, dtype=torch.uint8)
+    assert second.read() - small == pytest.approx(size // 2, rel=0.2)  # type: ignore[operator]
+
+
+def test_where_nobody_counts_memory_it_is_none(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, tiny: str) -> None:
+    monkeypatch.setattr(memory, "_CLEAR", tmp_path / "no" / "clear_refs")
+    assert PeakMemory(torch.device("cpu")).read() is None
+    plan = Plan(tiny, ((64, 64),), 1, (Case(None), Case("sync", 2)), rounds=2, steps=1)
+    peaks = [timing.peaks for timing in df.run_ranks(2, lambda comm: Bench(plan, comm).measure())[0]]
+    assert peaks == [[None], [None, None]]
+
+
+def test_sizes() -> None:
+    assert parse_sizes([], None, None) == ((1024, 1024),)
+    assert parse_sizes([], 512, None) == ((512, 1024),)
+    assert parse_sizes(["768x1024", "512", "512X512"], None, None) == ((768, 1024), (512, 512))
 
 
 @pytest.mark.parametrize(
@@ -56,15 +158,95 @@ def test_timing_is_the_median_and_the_quartiles() -> None:
         (["--strategy", "fast"], "strategy='fast' must be one of 'sync', 'displaced', 'naive'"),
         (["--world", "0"], "--world 0 must be at least 1"),
         (["--height", "100"], "--height 100 must be a multiple of 8"),
+        (["--size", "512", "--size", "512x100"], "--width 100 must be a multiple of 8"),
+        (["--size", "512x"], "--size '512x' must be pixels as HEIGHTxWIDTH, such as 768x1024, or one number"),
+        (["--size", "1x2x3"], "--size '1x2x3' must be pixels as HEIGHTxWIDTH"),
+        (["--size", "512", "--height", "512"], "--size names height and width: leave out --height and --width"),
+        (["--size", "16x64", "--world", "3"], "2 rows of latent cannot be split over 3 ranks"),
+        (["--rounds", "0"], "--rounds 0 must be at least 1"),
         (["--dtype", "int8"], "--dtype 'int8' must be one of float32, bfloat16, float16"),
         (["--device", "tpu"], "device='tpu' must be one of 'cpu', 'cuda', 'xpu'"),
+        (["--plot", "picture.pdf"], "--plot 'picture.pdf' must end in .png"),
+        (["--trace", "nowhere/trace.json"], "--trace 'nowhere/trace.json': there is no folder 'nowhere'"),
+        (["--trace", "folder.json"], "--trace 'folder.json' is a folder: name a file"),
     ],
 )
-def test_bad_input_is_one_line(arguments: list[str], said: str, capfd: pytest.CaptureFixture[str]) -> None:
+def test_bad_input_is_one_line(
+    arguments: list[str],
+    said: str,
+    capfd: pytest.CaptureFixture[str],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "folder.json").mkdir()
     assert run(["bench", *arguments]) == 2
     out, err = capfd.readouterr()
     assert (out, len(err.strip().splitlines())) == ("", 1)
     assert said in err
+
+
+def test_without_matplotlib_a_plot_is_refused_before_anything_runs(
+    monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    monkeypatch.setattr(plot.importlib.util, "find_spec", lambda name: None)
+    assert run(["bench", "--plot", str(tmp_path / "x.png")]) == 2
+    assert capfd.readouterr().err == (
+        "error: --plot needs matplotlib, which is not installed: pip install 'distrifusion[plot]'\n"
+    )
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_the_plot_is_a_picture_with_a_panel_for_each_size(tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib")
+    from PIL import Image
+
+    sizes = ((512, 512), (1024, 1024))
+    widths = []
+    for shown in (sizes[:1], sizes):
+        plan = Plan("sdxl-mini", shown, 1, cases_for(["sync", "displaced"], [1, 2, 4], 4))
+        timings = [
+            Timing(case, size, [1.0 / max(case.world, case.threads)], [1.0], [0.0])
+            for size in shown
+            for case in plan.cases
+        ]
+        path = tmp_path / f"{len(shown)}.png"
+        plot.draw(json.loads(json.dumps(summary(plan, timings, "gloo"))), path)
+        with Image.open(path) as image:
+            image.verify()
+            widths.append(image.size[0])
+    assert widths[1] > 1.5 * widths[0]
+
+
+def test_alone_the_command_starts_its_ranks_and_writes_the_trace(tmp_path: Path) -> None:
+    trace = tmp_path / "trace.json"
+    words = [*DISTRIFUSION, *SHORT, "--world", "2", "--strategy", "displaced", "--json", "--trace", str(trace)]
+    done = subprocess.run([sys.executable, *words], capture_output=True, text=True, timeout=300)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert done.stdout.count("\n") == 1
+    rows = json.loads(done.stdout)["cases"]
+    assert [(row["strategy"], row["world"]) for row in rows if row["strategy"]] == [("displaced", 2)]
+    ranks = json.loads(trace.read_text())["otherData"]["ranks"]
+    assert [rank["rank"] for rank in ranks] == [0, 1]
+    assert list(tmp_path.iterdir()) == [trace]
+
+
+def test_under_torchrun_the_given_ranks_join() -> None:
+    words = [*TORCHRUN, *DISTRIFUSION, *SHORT, "--strategy", "sync", "--json"]
+    done = subprocess.run([sys.executable, *words], capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("\n") == 1  # rank 0 alone
+    rows = json.loads(done.stdout)["cases"]
+    assert [row["world"] for row in rows if row["strategy"]] == [1, 2]
+
+
+def test_under_torchrun_a_world_that_was_not_started_is_refused_once() -> None:
+    words = [*TORCHRUN, *DISTRIFUSION, *SHORT, "--world", "3"]
+    done = subprocess.run([sys.executable, *words], capture_output=True, text=True, timeout=300)
+    assert done.returncode != 0
+    errors = [line for line in done.stderr.splitlines() if line.startswith("error:")]
+    assert errors == ["error: --world 3 where torchrun has started 2 ranks: start more"]
+    assert done.stdout == ""
 
 
 def test_unknown_shape_is_refused_by_name() -> None:

@@ -57,8 +57,8 @@ def test_commands_and_flags() -> None:
     }
     assert flags == {
         "bench": [
-            *("--batch", "--device", "--dtype", "--height", "--json", "--model", "--rounds", "--steps", "--strategy"),
-            *("--width", "--world"),
+            *("--batch", "--device", "--dtype", "--height", "--json", "--model", "--plot", "--rounds", "--size"),
+            *("--steps", "--strategy", "--trace", "--width", "--world"),
         ],
         "generate": [
             *("--cfg", "--device", "--dtype", "--group-norm", "--guidance-scale", "--height", "--json", "--model"),

@@ -292,6 +292,7 @@ def test_outside_torchrun_there_is_no_communicator(environment):
         ({"LOCAL_RANK": "x"}, "LOCAL_RANK='x' must be a whole number"),
         ({"DISTRIFUSION_TIMEOUT": "soon"}, "DISTRIFUSION_TIMEOUT='soon' must be a positive number"),
         ({"DISTRIFUSION_TIMEOUT": "0"}, "DISTRIFUSION_TIMEOUT='0' must be a positive number"),
+        ({"DISTRIFUSION_SHARED_MEMORY": "no"}, "DISTRIFUSION_SHARED_MEMORY='no' must be 0 (all goes over Gloo) or 1"),
     ],
 )
 def test_bad_variables_are_named(environment, changed, said):

@@ -1,6 +1,8 @@
 """Lanes and routes of shared memory: a stream that wraps, flow control, a dead writer told from a slow one."""
 
 import fcntl
+import os
+import platform
 from pathlib import Path
 
 import pytest
@@ -83,6 +85,51 @@ def test_without_room_ranks_have_no_shared_channel_and_leave_nothing_behind(tmp_
     monkeypatch.setattr(shared.os, "posix_fallocate", full)
     assert open_shared(None, 0, 2, lambda value: [value, value]) is None
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_rank_that_may_not_share_memory_makes_no_file_and_tells_the_others(tmp_path, monkeypatch):
+    monkeypatch.setattr(shared, "FOLDER", tmp_path)
+    said, answers = [], iter([{0: "x"}, False])
+
+    def everyone(value):
+        said.append(value)
+        assert list(tmp_path.iterdir()) == []
+        return [value, next(answers)]
+
+    monkeypatch.setenv("DISTRIFUSION_SHARED_MEMORY", "0")
+    assert open_shared(None, 0, 2, everyone) is None
+    assert said == [None, False]
+
+
+def carries(comm, where_not):
+    """Which wire a communicator of our own has, and whether it and its routes carry words."""
+    if comm.rank in where_not:
+        os.environ["DISTRIFUSION_SHARED_MEMORY"] = "0"
+    try:
+        part = comm.split([list(range(comm.world - 1, -1, -1))])
+    finally:
+        os.environ.pop("DISTRIFUSION_SHARED_MEMORY", None)
+    peers = [rank for rank in range(part.world) if rank != part.rank]
+    route = part.route(Layout(dict.fromkeys(peers, 8), dict.fromkeys(peers, 8)), kind="chunk")
+    for words in route.outbox.direct.values():
+        words.fill_(part.rank)
+    route.launch()
+    heard = {peer: words.unique().tolist() for peer, words in route.wait().direct.items()}
+    assert heard == {peer: [peer] for peer in peers}
+    assert part.all_gather_object(part.rank) == list(range(part.world))
+    wire, kind = part.wire, type(route).__name__
+    part.close()
+    return wire, kind
+
+
+@pytest.mark.parametrize("where_not", [[0, 1, 2], [1]])
+def test_one_rank_that_may_not_share_memory_keeps_all_on_gloo(pool, where_not):
+    assert pool.run(carries, 3, where_not) == [("gloo", "PlainRoute")] * 3
+
+
+@pytest.mark.skipif(platform.machine() not in ("x86_64", "AMD64"), reason="shared memory is for x86")
+def test_without_the_switch_ranks_share_memory(pool):
+    assert pool.run(carries, 3, []) == [("shared memory", "SharedRoute")] * 3
 
 
 def test_ranks_that_do_not_see_each_others_files_have_no_shared_channel(tmp_path, monkeypatch):

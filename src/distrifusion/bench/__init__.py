@@ -1,4 +1,4 @@
-"""``distrifusion bench``: seconds per step of strategies and worlds, side by side in one run."""
+"""``distrifusion bench``: seconds per step of strategies, worlds and sizes, side by side in one run."""
 
 from .command import bench
 

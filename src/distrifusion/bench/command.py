@@ -4,106 +4,189 @@ from __future__ import annotations
 
 import json
 import os
-from typing import Annotated, Any
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
+
+if TYPE_CHECKING:
+    from .plan import Plan
+    from .start import Found, Tell
 
 
 def bench(
     model: Annotated[
         str, typer.Option(help="A shape with random weights (sdxl, sdxl-mini, sd15) or a folder.")
     ] = "sdxl-mini",
-    world: Annotated[list[int] | None, typer.Option(help="Ranks; may be given again. Default: 1 and 2.")] = None,
+    world: Annotated[
+        list[int] | None, typer.Option(help="Ranks; may be given again. Default: 1 and 2, under torchrun 1 and all.")
+    ] = None,
     strategy: Annotated[
         list[str] | None, typer.Option(help="May be given again. Default: sync, displaced, naive.")
     ] = None,
-    height: Annotated[int, typer.Option(help="Pixels.")] = 1024,
-    width: Annotated[int, typer.Option(help="Pixels.")] = 1024,
+    size: Annotated[
+        list[str] | None, typer.Option(help="Pixels as HEIGHTxWIDTH, or one number for both; may be given again.")
+    ] = None,
+    height: Annotated[int | None, typer.Option(help="Pixels, for one size. Default: 1024.")] = None,
+    width: Annotated[int | None, typer.Option(help="Pixels, for one size. Default: 1024.")] = None,
     batch: Annotated[int, typer.Option(help="Latents per step; 2 is one picture with guidance.")] = 1,
     rounds: Annotated[int, typer.Option(help="How often each case has its turn.")] = 5,
     steps: Annotated[int, typer.Option(help="Timed steps in each turn.")] = 3,
     dtype: Annotated[str, typer.Option(help="float32, bfloat16 or float16.")] = "float32",
     device: Annotated[str, typer.Option(help="cpu, cuda or xpu.")] = "cpu",
+    plot: Annotated[Path | None, typer.Option(help="Draw the speed-ups into this .png; needs matplotlib.")] = None,
+    trace: Annotated[
+        Path | None,
+        typer.Option(help="Run every case once more, untimed, and write a Chrome trace of all ranks to this .json."),
+    ] = None,
     only_json: Annotated[bool, typer.Option("--json", help="No table, only the JSON line.")] = False,
 ) -> None:
-    """Time strategies and worlds side by side: the bare model on one rank and on all threads, then every strategy."""
+    """Time strategies, worlds and sizes side by side: the bare model on one rank and on all threads, then the rest.
+
+    Alone, the command starts its ranks itself; under torchrun it joins the given ones, and rank 0 prints and writes.
+    """
+    order = Order(
+        model, world or [], strategy or [], size or [], height, width, batch, rounds, steps, dtype, device, plot, trace
+    )
+    found = _joined(order, only_json) if "RANK" in os.environ else _alone(order, only_json)
+    if found is not None:
+        _show(order, found, only_json)
+
+
+@dataclass(frozen=True)
+class Order:
+    """The command line, parsed; empty lists where the defaults are meant."""
+
+    model: str
+    worlds: list[int]
+    strategies: list[str]
+    sizes: list[str]
+    height: int | None
+    width: int | None
+    batch: int
+    rounds: int
+    steps: int
+    dtype: str
+    device: str
+    plot: Path | None
+    trace: Path | None
+
+    def plan(self, default_worlds: list[int]) -> Plan:
+        """What to measure.
+
+        Raises:
+            ConfigError: a value that cannot be measured; names it and what would be right.
+        """
+        from ..choices import check_device
+        from ..config import ParallelConfig
+        from .plan import Plan, cases_for, num_threads, parse_sizes
+        from .workload import check_name
+
+        names = self.strategies or ["sync", "displaced", "naive"]
+        strategies = [ParallelConfig(strategy=name).strategy for name in names]  # type: ignore[arg-type]
+        check_name(self.model)
+        check_device(self.device)
+        return Plan(
+            model=self.model,
+            sizes=parse_sizes(self.sizes, self.height, self.width),
+            batch=self.batch,
+            cases=cases_for(strategies, sorted(set(self.worlds or default_worlds)), num_threads(self.device)),
+            rounds=self.rounds,
+            steps=self.steps,
+            dtype=self.dtype,
+            device=self.device,
+            traces=self.trace is not None,
+        )
+
+    def check_files(self) -> None:
+        """Whether what was asked for can be written.
+
+        Raises:
+            ConfigError: a file that cannot be, or a library that is not installed.
+        """
+        from .output import check_file
+        from .plot import check_library
+
+        if self.plot is not None:
+            check_file("--plot", self.plot, ".png")
+            check_library()
+        if self.trace is not None:
+            check_file("--trace", self.trace, ".json")
+
+
+def _alone(order: Order, quiet: bool) -> Found:
+    from .start import run
+
+    plan = order.plan([1, 2])
+    order.check_files()
+    with _progress(not quiet) as tell:
+        return run(plan, tell)
+
+
+def _joined(order: Order, quiet: bool) -> Found | None:
+    """As one of torchrun's ranks; None but on rank 0, which alone speaks of errors too."""
+    from .. import joined
+    from ..choices import check_device
+    from ..errors import ConfigError, DistrifusionError
+    from .start import WAIT, measure
+
+    check_device(order.device)
+    comm = joined.connect(order.device, WAIT)
+
+    def agreed() -> Plan:
+        plan = order.plan(sorted({1, comm.world}))
+        if plan.world > comm.world:
+            raise ConfigError(f"--world {plan.world} where torchrun has started {comm.world} ranks: start more")
+        if comm.rank == 0:
+            order.check_files()
+        return plan
+
+    try:
+        said = {name: str(value) for name, value in vars(order).items() if name not in ("plot", "trace")}
+        plan = joined.agree(comm, {**said, "trace": order.trace is not None}, agreed)
+        with _progress(comm.rank == 0 and not quiet) as tell:
+            found = measure(plan, comm, tell)
+        joined.leave(comm)
+        return found
+    except (DistrifusionError, KeyboardInterrupt) as error:
+        if comm.rank == 0 or os.environ.get("DISTRIFUSION_TRACEBACK") == "1":
+            raise
+        raise SystemExit(1) from error  # in silence: rank 0 says it, and torchrun looks at rank 0 as well
+    except Exception as error:
+        raise DistrifusionError(f"rank {comm.rank}: {type(error).__name__}: {error}") from error
+    finally:
+        comm.close()
+
+
+def _show(order: Order, found: Found, only_json: bool) -> None:
+    from rich.console import Console
+
+    from .output import write_whole
+    from .plot import draw
+    from .summary import table
+
+    plot, trace = order.plot, order.trace
+    if not only_json:
+        Console(width=max(Console().width, 170)).print(table(found.summary))
+    typer.echo(json.dumps(found.summary))  # first: a file that fails must not cost what was measured
+    if plot is not None:
+        write_whole(plot, lambda part: draw(found.summary, part))
+    if trace is not None:
+        write_whole(trace, lambda part: _write_json(part, found.trace))
+
+
+def _write_json(path: Path, value: Any) -> None:
+    path.write_text(json.dumps(value))
+
+
+@contextmanager
+def _progress(shown: bool) -> Iterator[Tell]:
     from rich.console import Console
     from rich.progress import Progress
 
-    from ..choices import check_device
-    from ..config import ParallelConfig
-    from .measure import Plan, cases_for, run
-    from .workload import check_name
-
-    worlds, strategies = world or [1, 2], strategy or ["sync", "displaced", "naive"]
-    configs = [ParallelConfig(strategy=name) for name in strategies]  # type: ignore[arg-type]
-    check_name(model)
-    check_device(device)
-    check(worlds, rounds, steps, batch, height, width, dtype)
-    threads = os.cpu_count() or 1 if device == "cpu" else 1
-    cases = cases_for([config.strategy for config in configs], sorted(set(worlds)), threads)
-    plan = Plan(model, height // 8, width // 8, batch, cases, rounds, steps, dtype, device)
-    console = Console(stderr=True)
-    with Progress(console=console, transient=True, disable=only_json, refresh_per_second=1) as progress:
+    with Progress(console=Console(stderr=True), transient=True, disable=not shown, refresh_per_second=1) as progress:
         task = progress.add_task("measuring", total=None)
-        found = run(plan, lambda done, total: progress.update(task, completed=done, total=total))
-    if not only_json:
-        Console(width=max(Console().width, 120)).print(table(found))
-    typer.echo(json.dumps(found))
-
-
-def check(worlds: list[int], rounds: int, steps: int, batch: int, height: int, width: int, dtype: str) -> None:
-    """Refuse what cannot be measured.
-
-    Raises:
-        ConfigError: names the value and what would be right.
-    """
-    from ..errors import ConfigError
-
-    for name, value in (("world", min(worlds)), ("rounds", rounds), ("steps", steps), ("batch", batch)):
-        if value < 1:
-            raise ConfigError(f"--{name} {value} must be at least 1")
-    for name, value in (("height", height), ("width", width)):
-        if value < 8 or value % 8:
-            raise ConfigError(f"--{name} {value} must be a multiple of 8, at least 8")
-    if dtype not in ("float32", "bfloat16", "float16"):
-        raise ConfigError(f"--dtype {dtype!r} must be one of float32, bfloat16, float16")
-
-
-def table(found: dict[str, Any]) -> Any:
-    """The cases as a rich table."""
-    from rich.table import Table
-
-    from ..metrics import human_bytes
-
-    settings = found["bench"]
-    size = f"{settings['batch']} x 4 x {settings['height']} x {settings['width']}"
-    title = f"{settings['model']}, latents {size}, {settings['dtype']}, {settings['device']}"
-    grid = Table(title=title)
-    for name in (
-        "case",
-        "ranks",
-        "s/step",
-        "spread",
-        "x one rank",
-        "of linear",
-        "CPU s",
-        "waits s",
-        "messages",
-        "bytes",
-    ):
-        grid.add_column(name, justify="left" if name == "case" else "right")
-    for row in found["cases"]:
-        grid.add_row(
-            row["case"],
-            str(row["world"]),
-            f"{row['seconds_per_step']:.3f}",
-            f"{row['spread']:.1%}",
-            f"{row['speedup']:.2f}",
-            f"{row['share_of_linear']:.0%}",
-            f"{row['cpu_seconds_per_step']:.3f}",
-            f"{row['waited_per_step']:.3f}",
-            str(row["messages_per_step"]),
-            human_bytes(row["bytes_per_step"]),
-        )
-    return grid
+        yield lambda done, total: progress.update(task, completed=done, total=total)

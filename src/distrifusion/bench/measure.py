@@ -1,4 +1,4 @@
-"""Seconds per step of strategies and worlds, measured side by side in one run.
+"""Seconds per step of strategies, worlds and sizes, measured side by side in one run.
 
 Each case runs in turn, again and again (``rounds``), so that a noisy machine is noisy for all; what is printed are
 medians and ratios. One thread per rank on CPU. The bare model on one rank, and on one process with all threads, are
@@ -7,75 +7,38 @@ cases like the others.
 
 from __future__ import annotations
 
-import json
-import os
-import tempfile
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass, field
-from pathlib import Path
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
 from statistics import median, quantiles
-from time import perf_counter, process_time, sleep
+from time import perf_counter, process_time
 from typing import Any
 
 import torch
 
 from ..comm import Comm
-from ..config import ParallelConfig, StrategyName
-from ..errors import ConfigError, DistrifusionError
+from ..config import ParallelConfig
 from ..pipeline import parallelize, report, restore
-from .workload import Workload, check_name, load
+from .memory import PeakMemory
+from .plan import LATENT, Case, Plan
+from .trace import Recorder, merge, refuse_other_clocks
+from .workload import Workload, load
 
-WAIT = 1800.0  # seconds that ranks without a part in a case wait for the others
-LOOK = 1.0  # seconds between two looks at the ranks: whoever looks takes a core from one of them
-
-
-@dataclass(frozen=True)
-class Case:
-    """One thing to measure. ``strategy`` None is the bare model, with ``threads`` threads."""
-
-    strategy: StrategyName | None
-    world: int = 1
-    cfg: int = 1
-    threads: int = 1
-
-    @property
-    def name(self) -> str:
-        """What the table calls it."""
-        if self.strategy is None:
-            return "bare model" if self.threads == 1 else f"bare model, {self.threads} threads"
-        return self.strategy + (" cfg 2" if self.cfg == 2 else "")
-
-
-@dataclass(frozen=True)
-class Plan:
-    """One benchmark run. ``model`` is the name of a shape (see workload.py) or the folder of a pipeline."""
-
-    model: str
-    height: int  # rows of latent
-    width: int
-    batch: int
-    cases: tuple[Case, ...]
-    rounds: int = 5
-    steps: int = 3  # timed steps per round and case
-    dtype: str = "float32"
-    device: str = "cpu"
-
-    @property
-    def world(self) -> int:
-        """Ranks that the largest case needs."""
-        return max(case.world for case in self.cases)
+WARM_UP = 2  # steps before the timed ones: the first fills the slots, the first displaced step allocates its messages
 
 
 @dataclass
 class Timing:
-    """What rank 0 measured of one case."""
+    """What rank 0 measured of one case at one size ``(height, width)`` in pixels."""
 
     case: Case
+    size: tuple[int, int]
     seconds: list[float] = field(default_factory=list)  # per timed step
     cpu_seconds: list[float] = field(default_factory=list)  # per step, summed over the case's ranks
     waited: list[float] = field(default_factory=list)  # host seconds per step in waits, rank 0
     messages: int = 0  # per step and rank
     num_bytes: int = 0
+    peaks: list[int | None] = field(default_factory=list)  # bytes of memory, by rank; None: not known
 
     @property
     def pace(self) -> float:
@@ -89,66 +52,113 @@ class Timing:
         return (high - low) / 2 / self.pace
 
 
-def cases_for(strategies: Sequence[StrategyName], worlds: Sequence[int], threads: int) -> tuple[Case, ...]:
-    """The bare model on one thread and on ``threads``, then every strategy on every world; one rank is one case."""
-    cases = [Case(None)] + ([Case(None, threads=threads)] if threads > 1 else [])
-    for world in worlds:
-        cases += [Case(strategy, world) for strategy in (strategies if world > 1 else strategies[:1])]
-    return tuple(cases)
+class Bench:
+    """One plan on all ranks of ``comm``, which may be more than it needs. Making one loads the model.
+
+    Every rank makes the same calls.
+
+    Raises:
+        ConfigError: a trace is asked for, and the ranks have different clocks.
+    """
+
+    def __init__(self, plan: Plan, comm: Comm, tell: Callable[[int, int], None] = lambda done, total: None) -> None:
+        self._plan, self._comm = plan, comm
+        if plan.traces:
+            refuse_other_clocks(comm)
+        self._comms = {world: _first(comm, world) for world in sorted({case.world for case in plan.cases})}
+        height, width = plan.sizes[0]
+        work = load(plan.model, height // LATENT, width // LATENT, plan.batch, getattr(torch, plan.dtype), plan.device)
+        self._work = {(rows, cols): work.resized(rows // LATENT, cols // LATENT) for rows, cols in plan.sizes}
+        self._timings = [Timing(case, size) for size in plan.sizes for case in plan.cases]
+        self._tell, self._num_done = tell, 0
+
+    def measure(self) -> list[Timing]:
+        """Time every case in every round; rank 0's timings count. ``tell(done, total)`` is called after each case."""
+        for _ in range(self._plan.rounds):
+            for timing in self._turns():
+                self._time(timing)
+        return self._timings
+
+    def trace(self) -> dict[str, Any] | None:
+        """Run every case once more with everything noted, untimed: Chrome's trace of all ranks on rank 0, else None."""
+        recorder = Recorder(self._comm)
+        for timing in self._turns():
+            self._trace(timing, recorder)
+        gathered = self._comm.all_gather_object(recorder.result())
+        return merge(gathered) if self._comm.rank == 0 else None
+
+    def _turns(self) -> Iterator[Timing]:
+        """The cases in which this rank has a part, once each; the others wait meanwhile."""
+        total = (self._plan.rounds + self._plan.traces) * len(self._timings)
+        for timing in self._timings:
+            self._comm.barrier()
+            if self._comm.rank < timing.case.world:
+                yield timing
+            self._num_done += 1
+            self._tell(self._num_done, total)
+
+    def _time(self, timing: Timing) -> None:
+        comm, work = self._comms[timing.case.world], self._work[timing.size]
+        memory = PeakMemory(work.device)
+        with _spread(work, timing.case, comm):
+            for step in range(WARM_UP + self._plan.steps):
+                sample = work.sample(step)
+                waited = comm.meter.waited
+                comm.barrier()
+                started, busy = perf_counter(), process_time()
+                _call(work, sample)
+                seconds, busy = perf_counter() - started, process_time() - busy
+                total = sum(comm.all_gather_object(busy))
+                if step >= WARM_UP:
+                    timing.seconds.append(seconds)
+                    timing.cpu_seconds.append(total)
+                    timing.waited.append(comm.meter.waited - waited)
+            ran = report(work.model)
+            if ran.messages:
+                timing.messages, timing.num_bytes = ran.messages[-1], ran.bytes[-1]
+            peaks = comm.all_gather_object(memory.read())
+            timing.peaks = [_largest(*pair) for pair in zip(timing.peaks or peaks, peaks, strict=True)]
+
+    def _trace(self, timing: Timing, recorder: Recorder) -> None:
+        comm, work = self._comms[timing.case.world], self._work[timing.size]
+        ranks = "1 rank" if comm.world == 1 else f"{comm.world} ranks"
+        label = f"{timing.case.name}, {ranks}, {timing.size[0]} x {timing.size[1]}"
+        with recorder.modules(work.model), _spread(work, timing.case, comm):
+            for step in range(WARM_UP + self._plan.steps):
+                sample = work.sample(step)
+                comm.barrier()
+                if step == WARM_UP:
+                    recorder.start()
+                with recorder.step(label):
+                    _call(work, sample)
+        recorder.stop()  # after the model was restored, which waits for all that is under way
 
 
-def measure(plan: Plan, comm: Comm, tell: Callable[[int, int], None] = lambda done, total: None) -> list[Timing]:
-    """Run ``plan`` on all ranks of ``comm``; rank 0's timings count. ``tell(done, total)`` after each case."""
-    work = load(plan.model, plan.height, plan.width, plan.batch, getattr(torch, plan.dtype), plan.device)
-    comms = {world: _first(comm, world) for world in sorted({case.world for case in plan.cases})}
-    timings = [Timing(case) for case in plan.cases]
-    for turn in range(plan.rounds):
-        for index, timing in enumerate(timings):
-            comm.barrier()
-            if comm.rank < timing.case.world:
-                _run_case(plan, work, timing, comms[timing.case.world])
-            tell(turn * len(timings) + index + 1, plan.rounds * len(timings))
-    return timings
-
-
-def _run_case(plan: Plan, work: Workload, timing: Timing, comm: Comm) -> None:
-    case = timing.case
+@contextmanager
+def _spread(work: Workload, case: Case, comm: Comm) -> Iterator[None]:
+    """The model as ``case`` wants it."""
     before = torch.get_num_threads()
     torch.set_num_threads(case.threads)
     try:
         if case.strategy is not None:
-            # One warm-up step suffices to fill the slots; the first displaced step allocates them.
             parallelize(work.model, ParallelConfig(strategy=case.strategy, cfg=case.cfg, warmup_steps=0), comm)
         with torch.no_grad():
-            for step in range(2 + plan.steps):
-                sample = work.sample(step)
-                waited = comm.meter.waited
-                comm.barrier()
-                started, busy = perf_counter(), _cpu_seconds()
-                work.model(sample, torch.tensor(500), **work.arguments)
-                _synchronise(work.device)
-                seconds, busy = perf_counter() - started, _cpu_seconds() - busy
-                total = sum(comm.all_gather_object(busy))
-                if step >= 2:
-                    timing.seconds.append(seconds)
-                    timing.cpu_seconds.append(total)
-                    timing.waited.append(comm.meter.waited - waited)
-        ran = report(work.model)
-        if ran.messages:
-            timing.messages, timing.num_bytes = ran.messages[-1], ran.bytes[-1]
+            yield
     finally:
         restore(work.model)
         torch.set_num_threads(before)
 
 
-def _cpu_seconds() -> float:
-    """CPU time of this process, all threads."""
-    return process_time()
-
-
-def _synchronise(device: torch.device) -> None:
-    if device.type != "cpu":
+def _call(work: Workload, sample: torch.Tensor) -> None:
+    """One step, to its end."""
+    work.model(sample, torch.tensor(500), **work.arguments)
+    if work.device.type != "cpu":
         torch.accelerator.synchronize()
+
+
+def _largest(*values: int | None) -> int | None:
+    known = [value for value in values if value is not None]
+    return max(known) if len(known) == len(values) else None
 
 
 def _first(comm: Comm, world: int) -> Comm:
@@ -156,98 +166,3 @@ def _first(comm: Comm, world: int) -> Comm:
     if world == comm.world:
         return comm
     return comm.split([list(range(world)), list(range(world, comm.world))])
-
-
-def summary(plan: Plan, timings: Sequence[Timing]) -> dict[str, Any]:
-    """The one JSON object: medians, and ratios to the bare model of the same run."""
-    bare = next(timing for timing in timings if timing.case.strategy is None and timing.case.threads == 1)
-    threaded = next((timing for timing in timings if timing.case.threads > 1), None)
-    rows = []
-    for timing in timings:
-        rows.append(
-            {
-                "case": timing.case.name,
-                "world": timing.case.world,
-                "seconds_per_step": round(timing.pace, 5),
-                "spread": round(timing.spread, 4),
-                "speedup": round(bare.pace / timing.pace, 3),
-                "speedup_over_threads": round(threaded.pace / timing.pace, 3) if threaded else None,
-                "share_of_linear": round(bare.pace / timing.pace / max(timing.case.world, timing.case.threads), 3),
-                "cpu_seconds_per_step": round(median(timing.cpu_seconds), 5),
-                "waited_per_step": round(median(timing.waited), 5),
-                "messages_per_step": timing.messages,
-                "bytes_per_step": timing.num_bytes,
-            }
-        )
-    settings = asdict(plan)
-    settings.pop("cases")
-    return {"bench": settings, "torch": torch.__version__, "cpus": os.cpu_count(), "cases": rows}
-
-
-def run(plan: Plan, on_progress: Callable[[int, int], None] = lambda done, total: None) -> dict[str, Any]:
-    """Start the ranks, measure, and return the summary.
-
-    Raises:
-        ConfigError: a value that cannot be measured.
-        DistrifusionError: a rank failed; the end of its log is in the text.
-    """
-    from ..launch import Group
-
-    check_name(plan.model)
-    if plan.device == "cpu" and plan.world > (os.cpu_count() or 1) * 8:
-        raise ConfigError(f"{plan.world} ranks are too many for {os.cpu_count()} CPUs; at most 8 per CPU")
-    with tempfile.TemporaryDirectory(prefix="distrifusion-bench-") as folder:
-        settings, result = Path(folder) / "plan.json", Path(folder) / "result.json"
-        settings.write_text(json.dumps(asdict(plan)))
-        environment = {
-            "DISTRIFUSION_BENCH": folder,
-            "DISTRIFUSION_TIMEOUT": str(WAIT),
-            "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", "1"),
-        }
-        group = Group(plan.world, "distrifusion.bench.measure", "worker", environment, monitor_interval=LOOK)
-        try:
-            while not group.wait(LOOK):
-                for done, total in _progress(Path(folder)):
-                    on_progress(done, total)
-            if not result.exists():
-                lost = group.first_exit()
-                log = group.log_tail(lost.rank if lost else 0)
-                raise DistrifusionError(f"rank {lost.rank if lost else '?'} {lost or 'ended'}:\n{log}")
-            found: dict[str, Any] = json.loads(result.read_text())
-            return found
-        finally:
-            group.release()
-
-
-def worker() -> None:
-    """One rank of `run`: reads the plan, measures, and rank 0 writes the result."""
-    from ..comm.torch_dist import TorchComm
-    from ..launch import follow_parent
-
-    follow_parent()
-    folder = Path(os.environ["DISTRIFUSION_BENCH"])
-    raw = json.loads((folder / "plan.json").read_text())
-    plan = Plan(**{**raw, "cases": tuple(Case(**case) for case in raw["cases"])})
-    torch.set_num_threads(1)
-    comm = TorchComm.from_environment(plan.device)
-    assert comm is not None, "the launcher sets torchrun's variables"
-
-    def tell(done: int, total: int) -> None:
-        if comm.rank == 0:
-            (folder / "progress.json").write_text(json.dumps([done, total]))
-
-    timings = measure(plan, comm, tell)
-    if comm.rank == 0:
-        part = folder / "result.part"
-        part.write_text(json.dumps(summary(plan, timings)))
-        part.rename(folder / "result.json")
-    comm.barrier()
-    comm.close()
-
-
-def _progress(folder: Path) -> Iterator[tuple[int, int]]:
-    try:
-        done, total = json.loads((folder / "progress.json").read_text())
-        yield done, total
-    except (OSError, ValueError):  # not written yet, or just being written
-        sleep(0.1)

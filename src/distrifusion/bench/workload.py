@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -66,6 +66,14 @@ class Workload:
     dtype: torch.dtype
     device: torch.device
 
+    def resized(self, height: int, width: int) -> Workload:
+        """The same model and words, with latents of ``height`` x ``width``."""
+        arguments = dict(self.arguments)
+        if "added_cond_kwargs" in arguments:
+            known = arguments["added_cond_kwargs"]
+            arguments["added_cond_kwargs"] = {**known, "time_ids": _time_ids(height, width, known["time_ids"])}
+        return replace(self, arguments=arguments, sample_shape=(*self.sample_shape[:2], height, width))
+
     def sample(self, step: int) -> Tensor:
         """Latents that drift a little from step to step, the same on all ranks."""
         first, drift = (
@@ -110,9 +118,14 @@ def load(
     arguments: dict[str, Any] = {"encoder_hidden_states": noise(batch, TEXT_TOKENS, config.cross_attention_dim)}
     if config.addition_embed_type == "text_time":
         pooled = config.projection_class_embeddings_input_dim - 6 * config.addition_time_embed_dim
-        sizes = [float(8 * height), float(8 * width), 0.0, 0.0, float(8 * height), float(8 * width)]
         arguments["added_cond_kwargs"] = {
             "text_embeds": noise(batch, pooled),
-            "time_ids": torch.tensor([sizes] * batch, device=device, dtype=dtype),
+            "time_ids": _time_ids(height, width, torch.empty(batch, 6, device=device, dtype=dtype)),
         }
     return Workload(model, arguments, (batch, config.in_channels, height, width), dtype, torch.device(device))
+
+
+def _time_ids(height: int, width: int, like: Tensor) -> Tensor:
+    """SDXL's words on size: original, corner and target, in pixels, ``[batch, 6]``."""
+    sizes = [float(8 * height), float(8 * width), 0.0, 0.0, float(8 * height), float(8 * width)]
+    return like.new_tensor([sizes] * like.shape[0])

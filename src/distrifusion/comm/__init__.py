@@ -3,5 +3,6 @@
 from .meter import Meter
 from .protocol import Comm, Pending
 from .threads import run_ranks
+from .tracer import Tracer
 
-__all__ = ["Comm", "Meter", "Pending", "run_ranks"]
+__all__ = ["Comm", "Meter", "Pending", "Tracer", "run_ranks"]

@@ -25,6 +25,8 @@ Parcel = tuple[int, Tensor]  # rank of the communicator, bytes
 class Channel(Protocol):
     """Moves bytes between the ranks of one group. Every method launches; works are finished by `finish`."""
 
+    name: str  # for reports
+
     def swap(self, sends: Sequence[Parcel], recvs: Sequence[Parcel]) -> list[tuple[Any, list[int]]]:
         """Launch sends and receives; works, each with the ranks that it waits for."""
         ...
@@ -48,6 +50,8 @@ class Channel(Protocol):
 
 class GlooChannel:
     """A Gloo group of our own, for CPU tensors. It is in no registry of torch: our references are the only ones."""
+
+    name = "gloo"
 
     def __init__(self, ranks: Sequence[int], position: int, timeout: float) -> None:
         store = c10d._get_default_store()
@@ -104,6 +108,7 @@ class DeviceChannel:
 
     def __init__(self, group: dist.ProcessGroup, ranks: Sequence[int], *, ours: bool) -> None:
         self._group = group
+        self.name: str = dist.get_backend(group)
         self._ours = ours
         # torch sorts the ranks of a new group; ours may be in any order.
         self._order = [dist.get_group_rank(group, rank) for rank in ranks]

@@ -85,6 +85,11 @@ class Comm(Protocol):
     meter: Meter
     timeout: float  # seconds until a silent peer counts as lost
 
+    @property
+    def wire(self) -> str:
+        """What tensors on ``device`` travel over, for reports."""
+        ...
+
     def swap(self, sends: Mapping[int, Tensor], recvs: Mapping[int, Tensor], *, kind: str) -> Pending[None]:
         """Send to some peers and receive from some, all at once, in place.
 

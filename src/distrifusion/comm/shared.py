@@ -26,6 +26,8 @@ from typing import Any
 import numpy as np
 from torch import Tensor
 
+from ..errors import ConfigError
+
 FOLDER = Path("/dev/shm")
 BUDGET = 128 << 20  # bytes of rings in one communicator
 LARGEST, SMALLEST = 32 << 20, 256 << 10  # bytes of one ring
@@ -137,6 +139,8 @@ class _Parcel:
 class SharedChannel:
     """See `Channel`. Broadcasts, which are rare, stay with the channel below."""
 
+    name = "shared memory"
+
     def __init__(self, below: Any, outgoing: dict[int, Lane], incoming: dict[int, Lane], position: int) -> None:
         self._below = below
         self._outgoing, self._incoming = outgoing, incoming
@@ -217,15 +221,27 @@ class _Below:
         self.work = work
 
 
+def is_allowed() -> bool:
+    """Whether this process may use shared memory: DISTRIFUSION_SHARED_MEMORY is not 0.
+
+    Raises:
+        ConfigError: the variable is neither 0 nor 1.
+    """
+    text = os.environ.get("DISTRIFUSION_SHARED_MEMORY", "").strip()
+    if text not in ("", "0", "1"):
+        raise ConfigError(f"DISTRIFUSION_SHARED_MEMORY={text!r} must be 0 (all goes over Gloo) or 1")
+    return text != "0"
+
+
 def open_shared(below: Any, position: int, world: int, everyone: Callable[[Any], list[Any]]) -> SharedChannel | None:
     """A channel through shared memory over the ranks of ``below``, or None where they cannot have one. Collective.
 
-    ``everyone`` gathers a picklable value of all ranks.
+    ``everyone`` gathers a picklable value of all ranks. Where one rank may not (`is_allowed`), none does.
     """
     size = max(min(BUDGET // (world * (world - 1)), LARGEST), SMALLEST) // HEADER * HEADER
     token = secrets.token_hex(8)
     outgoing: dict[int, Lane] = {}
-    if platform.system() == "Linux" and platform.machine() in ("x86_64", "AMD64"):
+    if is_allowed() and platform.system() == "Linux" and platform.machine() in ("x86_64", "AMD64"):
         with suppress(OSError):  # no such folder, or not enough room in it
             for peer in range(world):
                 if peer != position:

@@ -75,8 +75,8 @@ class SharedRoute:
         """See `Route`."""
         self._turn += 1
         token = torch.tensor([self._turn])
-        self._pending = self._tell(dict.fromkeys(self._heard, token), self._heard)
         self._count()
+        self._pending = self._tell(dict.fromkeys(self._heard, token), self._heard)
 
     def wait(self) -> Box:
         """See `Route`.

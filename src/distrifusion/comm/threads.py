@@ -19,6 +19,7 @@ from .base import BaseComm, Done, as_bytes, default_timeout
 from .hub import Copy, Hub, Round
 from .meter import Meter
 from .protocol import Comm, Pending
+from .tracer import Message
 
 T = TypeVar("T")
 
@@ -112,6 +113,11 @@ class ThreadComm(BaseComm):
         self._num_rounds = 0
         self._num_splits = 0
 
+    @property
+    def wire(self) -> str:
+        """See `Comm.wire`."""
+        return "threads"
+
     def swap(self, sends: Mapping[int, Tensor], recvs: Mapping[int, Tensor], *, kind: str) -> Pending[None]:
         """See `Comm.swap`."""
         self._check_swap(sends, recvs)
@@ -127,7 +133,7 @@ class ThreadComm(BaseComm):
             if tensor.numel():
                 letters.append(((self._scope, peer, self.rank, self._num_received[peer]), peer, tensor))
                 self._num_received[peer] += 1
-        return _Swap(self, letters)
+        return _Swap(self, letters, kind)
 
     def all_gather(self, own: Tensor, sizes: Sequence[int], *, kind: str) -> Pending[list[Tensor]]:
         """See `Comm.all_gather`. Counts what torch.distributed would send: parts padded to the largest."""
@@ -136,7 +142,7 @@ class ThreadComm(BaseComm):
         if self.world == 1 or not any(sizes):
             return Done([own.detach().clone()] + [own.new_empty(0) for _ in sizes[1:]])
         self.meter.gathered(kind, max(sizes) * own.element_size(), self.world - 1)
-        return _Gather(self, self._join(Copy.of(own)), own.dtype, sizes)
+        return _Gather(self, self._join(Copy.of(own)), own.dtype, sizes, kind)
 
     def broadcast(self, tensor: Tensor, root: int = 0) -> None:
         """See `Comm.broadcast`."""
@@ -147,9 +153,12 @@ class ThreadComm(BaseComm):
         if self.rank == root:
             self.meter.gathered("control", tensor.numel() * tensor.element_size(), self.world - 1)
             self._join(Copy.of(as_bytes(tensor)))
+            self.meter.launched()
             return
         table = self._join(None)
-        (part,) = self._waiting(lambda: self._hub.collect(table, [self._ranks[root]], self._me, self.timeout))
+        (part,) = self._waiting(
+            lambda: self._hub.collect(table, [self._ranks[root]], self._me, self.timeout), "control", []
+        )
         self._copy(part, tensor, root)
 
     def split(self, groups: Sequence[Sequence[int]]) -> ThreadComm:
@@ -176,7 +185,7 @@ class ThreadComm(BaseComm):
         self._num_rounds += 1
         return self._hub.join(key, part, self._ranks, self._me)
 
-    def _waiting(self, wait: Callable[[], T]) -> T:
+    def _waiting(self, wait: Callable[[], T], kind: str, flight: list[Message]) -> T:
         """Call ``wait`` on the clock; a loss is passed on by leaving."""
         start = perf_counter()
         try:
@@ -185,7 +194,7 @@ class ThreadComm(BaseComm):
             self._hub.leave(self._me, f"rank {self._me} gave up ({loss})")
             raise
         finally:
-            self.meter.waited += perf_counter() - start
+            self.meter.has_waited(kind, start, flight)
 
     def _copy(self, part: Copy, into: Tensor, sender: int) -> None:
         source, target = part.ready(), as_bytes(into)
@@ -199,8 +208,9 @@ class ThreadComm(BaseComm):
 class _Swap:
     """Receives that are under way."""
 
-    def __init__(self, comm: ThreadComm, letters: list[tuple[Hashable, int, Tensor]]) -> None:
+    def __init__(self, comm: ThreadComm, letters: list[tuple[Hashable, int, Tensor]], kind: str) -> None:
         self._comm = comm
+        self._kind, self._flight = kind, comm.meter.launched()
         self._letters = letters
 
     def wait(self) -> None:
@@ -208,7 +218,11 @@ class _Swap:
         while self._letters:
             key, peer, tensor = self._letters[0]
             sender = comm._ranks[peer]
-            part = comm._waiting(lambda key=key, sender=sender: comm._hub.fetch(key, sender, comm._me, comm.timeout))  # type: ignore[misc]
+            part = comm._waiting(
+                lambda key=key, sender=sender: comm._hub.fetch(key, sender, comm._me, comm.timeout),  # type: ignore[misc]
+                self._kind,
+                self._flight,
+            )
             comm._copy(part, tensor, peer)
             self._letters.pop(0)
 
@@ -216,8 +230,9 @@ class _Swap:
 class _Gather:
     """An all-gather that is under way."""
 
-    def __init__(self, comm: ThreadComm, table: Round, dtype: torch.dtype, sizes: Sequence[int]) -> None:
+    def __init__(self, comm: ThreadComm, table: Round, dtype: torch.dtype, sizes: Sequence[int], kind: str) -> None:
         self._comm = comm
+        self._kind, self._flight = kind, comm.meter.launched()
         self._table = table
         self._like = dtype, list(sizes)
         self._result: list[Tensor] | None = None
@@ -226,7 +241,9 @@ class _Gather:
         comm = self._comm
         if self._result is None:
             table, (dtype, sizes) = self._table, self._like
-            parts = comm._waiting(lambda: comm._hub.collect(table, comm._ranks, comm._me, comm.timeout))
+            parts = comm._waiting(
+                lambda: comm._hub.collect(table, comm._ranks, comm._me, comm.timeout), self._kind, self._flight
+            )
             for rank, (part, size) in enumerate(zip(parts, sizes, strict=True)):
                 if part.tensor.dtype != dtype or part.tensor.numel() != size:
                     raise RanksDisagree(

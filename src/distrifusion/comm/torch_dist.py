@@ -27,7 +27,7 @@ from .environment import backend_of, device_of, pick_device, read_environment
 from .meter import Meter
 from .protocol import Pending, Route
 from .route import Layout
-from .shared import SharedChannel, open_shared
+from .shared import SharedChannel, is_allowed, open_shared
 from .shared_route import open_shared_route
 
 _OPEN: set[TorchComm] = set()  # those not split off, until they are closed
@@ -61,6 +61,7 @@ class TorchComm(BaseComm):
             raise ConfigError(f"rank {dist.get_rank()} of the default group is not in the given one: leave it out")
         self.device = device_of(group, device_type)
         self.timeout = default_timeout(25.0) if timeout is None else timeout
+        is_allowed()  # a bad variable is refused before the ranks wait for each other
         self.meter = Meter()
         self._lines = Lines()
         self._default_is_ours = False
@@ -87,6 +88,7 @@ class TorchComm(BaseComm):
         if launched is None:
             return None
         timeout = default_timeout(25.0) if timeout is None else timeout
+        is_allowed()
         device = pick_device(device_type, launched)
         backend = backend_of(device.type)
         if backend == "nccl":
@@ -127,6 +129,11 @@ class TorchComm(BaseComm):
         comm.device, comm.timeout, comm.meter, comm._lines = device, timeout, meter, lines
         comm._default_is_ours = False
         return comm
+
+    @property
+    def wire(self) -> str:
+        """See `Comm.wire`."""
+        return self._wire.name if self._wire is not None else "nothing"
 
     def _join(self, ranks: Sequence[int], names: Sequence[int] | None) -> None:
         """Take the place in a group of global ``ranks``; ``names`` are what errors call them."""
@@ -178,13 +185,13 @@ class TorchComm(BaseComm):
             return Done(None)
         for peer, data in out:
             self.meter.sent(kind, peer, data.numel())
-        return self._swap(out, into)
+        return self._swap(out, into, kind)
 
-    def _swap(self, out: list[tuple[int, Tensor]], into: list[tuple[int, Tensor]]) -> Pending[None]:
+    def _swap(self, out: list[tuple[int, Tensor]], into: list[tuple[int, Tensor]], kind: str) -> Pending[None]:
         wire = self._channel((out or into)[0][1])
         with self._losing(self._named([peer for peer, _ in (*out, *into)])):
             works = wire.swap(out, into)
-        return _Launched(self, wire, works, [data for _, data in (*out, *into)], None)
+        return _Launched(self, wire, works, [data for _, data in (*out, *into)], None, kind)
 
     def all_gather(self, own: Tensor, sizes: Sequence[int], *, kind: str) -> Pending[list[Tensor]]:
         """See `Comm.all_gather`. Parts travel padded to the largest; without a copy where all sizes are equal."""
@@ -202,22 +209,26 @@ class TorchComm(BaseComm):
         with self._losing(self._named(others)):
             work, parts = wire.gather(data, self.world)
         result = [part[: size * item].view(own.dtype) for part, size in zip(parts, sizes, strict=True)]
-        return _Launched(self, wire, [(work, others)], [data, *parts], result)
+        return _Launched(self, wire, [(work, others)], [data, *parts], result, kind)
 
     def route(self, layout: Layout, *, kind: str) -> Route:
         """See `Comm.route`. Ranks that share memory read each other's words in place."""
         if isinstance(self._wire, SharedChannel):
             route = open_shared_route(
-                layout, self.rank, self.all_gather_object, self._tell, partial(self._count, layout, kind)
+                layout,
+                self.rank,
+                self.all_gather_object,
+                partial(self._tell, kind=kind),
+                partial(self._count, layout, kind),
             )
             if route is not None:
                 return route
         return super().route(layout, kind=kind)
 
-    def _tell(self, sends: Mapping[int, Tensor], recvs: Mapping[int, Tensor]) -> Pending[None]:
+    def _tell(self, sends: Mapping[int, Tensor], recvs: Mapping[int, Tensor], *, kind: str) -> Pending[None]:
         self._lines.check()
-        parcels = ([(peer, as_bytes(tensor)) for peer, tensor in side.items()] for side in (sends, recvs))
-        return self._swap(*parcels) if sends or recvs else Done(None)
+        out, into = ([(peer, as_bytes(tensor)) for peer, tensor in side.items()] for side in (sends, recvs))
+        return self._swap(out, into, kind) if sends or recvs else Done(None)
 
     def _count(self, layout: Layout, kind: str) -> None:
         for peer, num_bytes in layout.sends.items():
@@ -238,7 +249,7 @@ class TorchComm(BaseComm):
         others = [rank for rank in range(self.world) if rank != self.rank] if self.rank == root else [root]
         with self._losing(self._named(others)):
             works = [(wire.broadcast(data, root), others)]  # a list: it is emptied when the lines are severed
-        _Launched(self, wire, works, [data], None).wait()
+        _Launched(self, wire, works, [data], None, "control").wait()
         if tensor.device.type != "cpu":
             torch.accelerator.current_stream(tensor.device).synchronize()
 
@@ -298,12 +309,19 @@ class _Launched:
     """A `Pending` over works of a channel. Holds their buffers until they have ended."""
 
     def __init__(
-        self, comm: TorchComm, wire: Channel, works: list[tuple[Any, list[int]]], buffers: list[Tensor], result: Any
+        self,
+        comm: TorchComm,
+        wire: Channel,
+        works: list[tuple[Any, list[int]]],
+        buffers: list[Tensor],
+        result: Any,
+        kind: str,
     ) -> None:
         self._comm = comm
         self._launched = UnderWay(wire, works, buffers)
         self._done = False
         self._result = result
+        self._kind, self._flight = kind, comm.meter.launched()
         comm._lines.under_way.add(self._launched)
 
     def wait(self) -> Any:
@@ -318,7 +336,7 @@ class _Launched:
                     launched.channel.finish(launched.works[0][0], comm.timeout)
                 launched.works.pop(0)
         finally:
-            comm.meter.waited += perf_counter() - start
+            comm.meter.has_waited(self._kind, start, self._flight)
         self._done = True
         comm._lines.under_way.discard(launched)
         del self._launched

@@ -1,0 +1,118 @@
+"""What a benchmark measures: cases, each at every size. Plain values, which travel to the ranks as JSON. No torch."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from ..config import StrategyName
+from ..errors import ConfigError
+from ..geometry import Split
+
+LATENT = 8  # pixels per row of latent
+DTYPES = ("float32", "bfloat16", "float16")
+
+
+@dataclass(frozen=True)
+class Case:
+    """One thing to measure. ``strategy`` None is the bare model, with ``threads`` threads."""
+
+    strategy: StrategyName | None
+    world: int = 1
+    cfg: int = 1
+    threads: int = 1
+
+    @property
+    def name(self) -> str:
+        """What the table calls it."""
+        if self.strategy is None:
+            return "bare model" if self.threads == 1 else f"bare model, {self.threads} threads"
+        return self.strategy + (" cfg 2" if self.cfg == 2 else "")
+
+
+@dataclass(frozen=True)
+class Plan:
+    """One benchmark run. ``model`` is the name of a shape (see workload.py) or the folder of a pipeline.
+
+    ``sizes`` are heights and widths in pixels.
+
+    Raises:
+        ConfigError: what cannot be measured; names the value and what would be right.
+    """
+
+    model: str
+    sizes: tuple[tuple[int, int], ...]
+    batch: int
+    cases: tuple[Case, ...]
+    rounds: int = 5
+    steps: int = 3  # timed steps per round, case and size
+    dtype: str = "float32"
+    device: str = "cpu"
+    traces: bool = False  # one round more, untimed, in which sends and waits are noted
+
+    def __post_init__(self) -> None:
+        smallest = min(case.world for case in self.cases)
+        for name, value in (("world", smallest), ("rounds", self.rounds), ("steps", self.steps), ("batch", self.batch)):
+            if value < 1:
+                raise ConfigError(f"--{name} {value} must be at least 1")
+        for size in self.sizes:
+            for name, value in zip(("height", "width"), size, strict=True):
+                if value < LATENT or value % LATENT:
+                    raise ConfigError(f"--{name} {value} must be a multiple of {LATENT}, at least {LATENT}")
+            Split.even(size[0] // LATENT, max(case.world // case.cfg for case in self.cases))
+        if self.dtype not in DTYPES:
+            raise ConfigError(f"--dtype {self.dtype!r} must be one of {', '.join(DTYPES)}")
+
+    @property
+    def world(self) -> int:
+        """Ranks that the largest case needs."""
+        return max(case.world for case in self.cases)
+
+    def as_dict(self) -> dict[str, Any]:
+        """Plain values, for `from_dict`."""
+        return asdict(self)
+
+    @classmethod
+    def from_dict(cls, raw: dict[str, Any]) -> Plan:
+        """The plan that `as_dict` came from, through JSON too."""
+        cases = tuple(Case(**case) for case in raw["cases"])
+        sizes = tuple((height, width) for height, width in raw["sizes"])
+        return cls(**{**raw, "cases": cases, "sizes": sizes})
+
+
+def cases_for(strategies: Sequence[StrategyName], worlds: Sequence[int], threads: int) -> tuple[Case, ...]:
+    """The bare model on one thread and on ``threads``, then every strategy on every world; one rank is one case."""
+    cases = [Case(None)] + ([Case(None, threads=threads)] if threads > 1 else [])
+    for world in worlds:
+        cases += [Case(strategy, world) for strategy in (strategies if world > 1 else strategies[:1])]
+    return tuple(cases)
+
+
+def parse_sizes(sizes: Sequence[str], height: int | None, width: int | None) -> tuple[tuple[int, int], ...]:
+    """Heights and widths in pixels, each pair once: ``sizes`` such as ``"768x1024"`` or ``"1024"``, or the one given.
+
+    Raises:
+        ConfigError: a text that is no size, or both forms at once.
+    """
+    if not sizes:
+        return ((height if height is not None else 1024, width if width is not None else 1024),)
+    if height is not None or width is not None:
+        raise ConfigError("--size names height and width: leave out --height and --width")
+    found = []
+    for text in sizes:
+        parts = text.lower().split("x")
+        if len(parts) > 2 or not all(part.isascii() and part.isdigit() for part in parts):
+            raise ConfigError(
+                f"--size {text!r} must be pixels as HEIGHTxWIDTH, such as 768x1024, or one number for both"
+            )
+        found.append((int(parts[0]), int(parts[-1])))
+    return tuple(dict.fromkeys(found))
+
+
+def num_threads(device: str) -> int:
+    """Threads of the bare model's second case: all that this process may use, where the CPU computes."""
+    if device != "cpu":
+        return 1
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
