@@ -19,7 +19,8 @@ if TYPE_CHECKING:
 
 def bench(
     model: Annotated[
-        str, typer.Option(help="A shape with random weights (sdxl, sdxl-mini, sd15) or a folder.")
+        str,
+        typer.Option(help="A shape with random weights (sdxl, sdxl-mini, sd15, flux-mini, pixart-mini) or a folder."),
     ] = "sdxl-mini",
     world: Annotated[
         list[int] | None, typer.Option(help="Ranks; may be given again. Default: 1 and 2, under torchrun 1 and all.")

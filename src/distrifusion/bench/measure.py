@@ -151,7 +151,7 @@ def _spread(work: Workload, case: Case, comm: Comm) -> Iterator[None]:
 
 def _call(work: Workload, sample: torch.Tensor) -> None:
     """One step, to its end."""
-    work.model(sample, torch.tensor(500), **work.arguments)
+    work.run(sample)
     if work.device.type != "cpu":
         torch.accelerator.synchronize()
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -53,26 +54,61 @@ SHAPES: dict[str, dict[str, Any]] = {
 }
 """Arguments of ``UNet2DConditionModel`` by name; ``sdxl-mini`` has 33 M parameters."""
 
+TRANSFORMERS: dict[str, tuple[str, dict[str, Any]]] = {
+    "flux-mini": (
+        "FluxTransformer2DModel",
+        {
+            "in_channels": 64,
+            "num_layers": 2,
+            "num_single_layers": 8,
+            "attention_head_dim": 64,
+            "num_attention_heads": 8,
+            "joint_attention_dim": 256,
+            "pooled_projection_dim": 256,
+            "axes_dims_rope": (8, 28, 28),
+        },
+    ),
+    "pixart-mini": (
+        "PixArtTransformer2DModel",
+        {
+            "sample_size": 128,
+            "num_layers": 12,
+            "attention_head_dim": 64,
+            "num_attention_heads": 8,
+            "cross_attention_dim": 512,
+            "caption_channels": 256,
+            "out_channels": 8,
+        },
+    ),
+}
+"""A class of diffusers and its arguments by name; both have about 50 M parameters, and 4096 tokens at 1024 px."""
+
 TEXT_TOKENS = 77
+TIME = 500
+
+Given = tuple[tuple[int, ...], dict[str, Any]]
+"""The shape of the latents of a call, and its other arguments by name."""
 
 
 @dataclass
 class Workload:
-    """A denoiser and the arguments of one call; ``sample`` ``[B, C, H, W]`` is drawn anew for each step."""
+    """A denoiser and the arguments of one call; its latents are drawn anew for each step.
+
+    ``given(height, width)`` makes shape and arguments for another size of latent.
+    """
 
     model: nn.Module
     arguments: dict[str, Any]
-    sample_shape: tuple[int, int, int, int]
+    sample_shape: tuple[int, ...]
     dtype: torch.dtype
     device: torch.device
+    given: Callable[[int, int], Given]
+    sample_name: str = "sample"
 
     def resized(self, height: int, width: int) -> Workload:
         """The same model and words, with latents of ``height`` x ``width``."""
-        arguments = dict(self.arguments)
-        if "added_cond_kwargs" in arguments:
-            known = arguments["added_cond_kwargs"]
-            arguments["added_cond_kwargs"] = {**known, "time_ids": _time_ids(height, width, known["time_ids"])}
-        return replace(self, arguments=arguments, sample_shape=(*self.sample_shape[:2], height, width))
+        shape, arguments = self.given(height, width)
+        return replace(self, arguments=arguments, sample_shape=shape)
 
     def sample(self, step: int) -> Tensor:
         """Latents that drift a little from step to step, the same on all ranks."""
@@ -81,6 +117,10 @@ class Workload:
         )
         return (first + 0.01 * drift).to(self.device, self.dtype)
 
+    def run(self, sample: Tensor) -> Any:
+        """Call the denoiser."""
+        return self.model(**{self.sample_name: sample}, **self.arguments)
+
 
 def check_name(name: str) -> None:
     """Refuse what `load` cannot load.
@@ -88,8 +128,9 @@ def check_name(name: str) -> None:
     Raises:
         ConfigError: neither a shape nor a folder with a ``unet``; lists the shapes.
     """
-    if name not in SHAPES and not (Path(name) / "unet" / "config.json").is_file():
-        raise ConfigError(f"model {name!r} is neither a folder with a unet nor one of the shapes {', '.join(SHAPES)}")
+    if name not in SHAPES and name not in TRANSFORMERS and not (Path(name) / "unet" / "config.json").is_file():
+        shapes = ", ".join((*SHAPES, *TRANSFORMERS))
+        raise ConfigError(f"model {name!r} is neither a folder with a unet nor one of the shapes {shapes}")
 
 
 def load(
@@ -97,35 +138,74 @@ def load(
 ) -> Workload:
     """The denoiser called ``name`` (a shape, or a folder with a ``unet``) and its arguments, the same on all ranks.
 
+    ``height`` and ``width`` are those of the latents, in pixels / 8.
+
     Raises:
         ConfigError: neither a shape nor such a folder; lists the shapes.
     """
-    from diffusers import UNet2DConditionModel
+    import diffusers
 
     check_name(name)
     torch.manual_seed(0)
-    if name in SHAPES:
-        model = UNet2DConditionModel(**SHAPES[name])
+    if name in TRANSFORMERS:
+        kind, settings = TRANSFORMERS[name]
+        model = getattr(diffusers, kind)(**settings)
+    elif name in SHAPES:
+        model = diffusers.UNet2DConditionModel(**SHAPES[name])
     else:
-        model = UNet2DConditionModel.from_pretrained(name, subfolder="unet", torch_dtype=dtype)
+        model = diffusers.UNet2DConditionModel.from_pretrained(name, subfolder="unet", torch_dtype=dtype)
     model = model.eval().requires_grad_(False).to(device=device, dtype=dtype)
-    config: Any = model.config
     generator = torch.Generator().manual_seed(0)
 
     def noise(*shape: int) -> Tensor:
         return torch.randn(shape, generator=generator).to(device, dtype)
 
-    arguments: dict[str, Any] = {"encoder_hidden_states": noise(batch, TEXT_TOKENS, config.cross_attention_dim)}
-    if config.addition_embed_type == "text_time":
-        pooled = config.projection_class_embeddings_input_dim - 6 * config.addition_time_embed_dim
-        arguments["added_cond_kwargs"] = {
-            "text_embeds": noise(batch, pooled),
-            "time_ids": _time_ids(height, width, torch.empty(batch, 6, device=device, dtype=dtype)),
-        }
-    return Workload(model, arguments, (batch, config.in_channels, height, width), dtype, torch.device(device))
+    words = {"UNet2DConditionModel": _unet, "FluxTransformer2DModel": _flux, "PixArtTransformer2DModel": _pixart}
+    given = words[type(model).__name__](model.config, batch, noise)
+    shape, arguments = given(height, width)
+    sample_name = "sample" if name not in TRANSFORMERS else "hidden_states"
+    return Workload(model, arguments, shape, dtype, torch.device(device), given, sample_name)
 
 
-def _time_ids(height: int, width: int, like: Tensor) -> Tensor:
-    """SDXL's words on size: original, corner and target, in pixels, ``[batch, 6]``."""
-    sizes = [float(8 * height), float(8 * width), 0.0, 0.0, float(8 * height), float(8 * width)]
-    return like.new_tensor([sizes] * like.shape[0])
+def _unet(config: Any, batch: int, noise: Callable[..., Tensor]) -> Callable[[int, int], Given]:
+    text = noise(batch, TEXT_TOKENS, config.cross_attention_dim)
+    is_sdxl = config.addition_embed_type == "text_time"
+    pooled = (
+        noise(batch, config.projection_class_embeddings_input_dim - 6 * config.addition_time_embed_dim)
+        if is_sdxl
+        else None
+    )
+
+    def given(height: int, width: int) -> Given:
+        arguments: dict[str, Any] = {"timestep": torch.tensor(TIME), "encoder_hidden_states": text}
+        if pooled is not None:
+            # SDXL's words on size: original, corner and target, in pixels.
+            sizes = [float(8 * height), float(8 * width), 0.0, 0.0, float(8 * height), float(8 * width)]
+            arguments["added_cond_kwargs"] = {"text_embeds": pooled, "time_ids": pooled.new_tensor([sizes] * batch)}
+        return (batch, config.in_channels, height, width), arguments
+
+    return given
+
+
+def _flux(config: Any, batch: int, noise: Callable[..., Tensor]) -> Callable[[int, int], Given]:
+    text, pooled = noise(batch, TEXT_TOKENS, config.joint_attention_dim), noise(batch, config.pooled_projection_dim)
+    words = {"encoder_hidden_states": text, "pooled_projections": pooled, "txt_ids": text.new_zeros(TEXT_TOKENS, 3)}
+
+    def given(height: int, width: int) -> Given:
+        rows, cols = (torch.arange(side // 2, device=text.device, dtype=text.dtype) for side in (height, width))
+        places = torch.cartesian_prod(rows, cols)
+        ids = torch.cat([torch.zeros_like(places[:, :1]), places], dim=1)
+        time = torch.full((batch,), TIME / 1000, device=text.device, dtype=text.dtype)
+        return (batch, len(ids), config.in_channels), {"timestep": time, "img_ids": ids, **words}
+
+    return given
+
+
+def _pixart(config: Any, batch: int, noise: Callable[..., Tensor]) -> Callable[[int, int], Given]:
+    text = noise(batch, TEXT_TOKENS, config.caption_channels)
+    words = {
+        "timestep": torch.full((batch,), TIME, device=text.device),
+        "encoder_hidden_states": text,
+        "added_cond_kwargs": {"resolution": None, "aspect_ratio": None},
+    }
+    return lambda height, width: ((batch, config.in_channels, height, width), words)
