@@ -190,18 +190,9 @@ def subclass() -> Any:
     return model
 
 
-def sd3() -> Any:
-    return diffusers.SD3Transformer2DModel(
-        sample_size=8,
-        patch_size=1,
-        in_channels=4,
-        num_layers=1,
-        attention_head_dim=4,
-        num_attention_heads=2,
-        caption_projection_dim=8,
-        joint_attention_dim=8,
-        pooled_projection_dim=8,
-        out_channels=4,
+def prior() -> Any:
+    return diffusers.PriorTransformer(
+        num_attention_heads=1, attention_head_dim=4, num_layers=1, embedding_dim=4, num_embeddings=4
     )
 
 
@@ -231,7 +222,7 @@ REFUSED: dict[str, tuple[Callable[[], Any], str]] = {
     "layerwise casting": (cast, r"conv_in \(Conv2d\): another library has replaced its forward"),
     "a cache hook": (hooked, r"mid_block \(UNetMidBlock2DCrossAttn\) has the hook 'first_block_cache'"),
     "a subclass": (subclass, r"Another has no table; known are: UNet2DConditionModel, UNet2DModel"),
-    "SD3": (sd3, r"SD3Transformer2DModel has no table; known are: UNet2DConditionModel, UNet2DModel"),
+    "a model that is no denoiser": (prior, r"PriorTransformer has no table; known are: UNet2DConditionModel, UNet2DM"),
 }
 
 

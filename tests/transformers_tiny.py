@@ -18,12 +18,14 @@ torch.set_num_threads(1)  # ranks are threads: with more, they would fight over 
 class Tiny:
     """A class of transformers.
 
-    ``arguments(batch, rows, cols)`` are those of one call, by name, for a picture of ``rows`` x ``cols`` tokens; latents
-    are ``hidden_states``.
+    ``arguments(batch, rows, cols)`` are those of one call, by name, for a picture of ``rows`` x ``cols`` tokens;
+    ``latents`` is the name of the latents, ``guests`` the number of their tokens that are of further pictures.
     """
 
     build: Callable[[], nn.Module]
     arguments: Callable[[int, int, int], dict[str, Any]]
+    latents: str = "hidden_states"
+    guests: Callable[[int, int], int] = lambda rows, cols: 0
 
 
 def noise(*shape: int, seed: int = 77) -> Tensor:

@@ -6,12 +6,14 @@ from .base import Frame, FrameHolder, Layer
 from .conv import PatchConv
 from .norm import PatchGroupNorm
 from .resample import PatchDownsample, PatchUpsample
-from .tokens import PatchEntry, PatchExit, PatchSeam
+from .seam import PatchSeam
+from .tokens import PatchArguments, PatchEntry, PatchExit
 
 __all__ = [
     "Frame",
     "FrameHolder",
     "Layer",
+    "PatchArguments",
     "PatchAttention",
     "PatchConv",
     "PatchDownsample",
