@@ -21,6 +21,12 @@ def _sd3(batch: int, rows: int, cols: int) -> dict[str, Any]:
     }
 
 
+def _sd35(batch: int, rows: int, cols: int) -> dict[str, Any]:
+    """With the residuals of a ControlNet for every other block."""
+    residuals = [noise(batch, rows * cols, 16, seed=seed) for seed in (8, 9)]
+    return {**_sd3(batch, rows, cols), "block_controlnet_hidden_states": residuals}
+
+
 def _flux(batch: int, rows: int, cols: int) -> dict[str, Any]:
     return {
         "hidden_states": noise(batch, rows * cols, 4),
@@ -224,7 +230,7 @@ JOINT = {
             dual_attention_layers=(0, 1),
             qk_norm="rms_norm",
         ),
-        _sd3,
+        _sd35,
     ),
     "flux": Tiny(_build_flux, _flux),
     "flux-kontext": Tiny(_build_flux, _flux_kontext, guests=lambda rows, cols: 12),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import threading
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import lru_cache
@@ -33,6 +34,9 @@ def noise(*shape: int, seed: int = 77) -> Tensor:
     return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
 
 
+_LOCK = threading.Lock()
+
+
 @lru_cache
 def _built(build: Callable[[], nn.Module]) -> nn.Module:
     with torch.random.fork_rng():
@@ -48,7 +52,8 @@ def _built(build: Callable[[], nn.Module]) -> nn.Module:
 
 def build(tiny: Tiny) -> Any:
     """A new model with weights that are the same every time."""
-    return copy.deepcopy(_built(tiny.build))
+    with _LOCK:  # ranks are threads, which share the generator that weights are drawn from
+        return copy.deepcopy(_built(tiny.build))
 
 
 def positions(rows: int, cols: int) -> Tensor:

@@ -82,6 +82,7 @@ JOINT = (
         seams={"transformer_blocks.*.attn": "first", "transformer_blocks.*.attn2": "first"},
         grid=of_latent,
         cuts={"block_controlnet_hidden_states": Tokens()},
+        texts=("image_proj.layers.*.attn",),
         conditions=("encoder_hidden_states", "pooled_projections"),
     ),
     Plan(
