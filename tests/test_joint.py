@@ -24,7 +24,7 @@ import distrifusion as df
 from models import distance
 from pipelines import drawing
 from transformers_joint import JOINT, TEXT
-from transformers_tiny import build, noise
+from transformers_tiny import build, noise, positions
 
 pytestmark = pytest.mark.filterwarnings("ignore:`FluxPosEmbed` is deprecated:FutureWarning")
 
@@ -175,6 +175,40 @@ def test_a_backend_set_on_the_model_and_another_model_beside_it(kernel: str, mon
     assert transformer_flux.dispatch_attention_fn is dispatch
 
 
+def test_positions_are_read_as_the_pipelines_round_them() -> None:
+    """In bfloat16, in which FLUX's pipeline gives them, those above 256 are rounded."""
+    from distrifusion.models.transformer import _read_positions
+
+    for rows, cols in ((300, 2), (2, 300)):
+        grid = _read_positions(positions(rows, cols).bfloat16(), rows * cols)
+        assert (grid.rows, grid.cols, grid.guests) == (rows, cols, 0)
+
+
+def test_positions_that_were_written_to_are_read_again() -> None:
+    """So are those made in inference mode, which know no versions."""
+    arguments = JOINT["flux"].arguments(1, ROWS, COLS)
+    other = {**JOINT["flux"].arguments(1, COLS, ROWS), "hidden_states": arguments["hidden_states"]}
+    truth, turned = (build(JOINT["flux"])(**each)[0] for each in (arguments, other))
+    assert distance(truth, turned) > 1000 * EXACT
+
+    def rank(comm: Any) -> list[Tensor]:
+        model = df.parallelize(build(JOINT["flux"]), SYNC, comm)
+        own = {**arguments, "img_ids": arguments["img_ids"].clone()}
+        results = [model(**own)[0]]
+        own["img_ids"].copy_(other["img_ids"])
+        df.reset(model)
+        results.append(model(**own)[0])
+        with torch.inference_mode():
+            ids = arguments["img_ids"].clone()
+            df.reset(model)
+            results.append(model(**{**arguments, "img_ids": ids})[0])
+        return results
+
+    for results in df.run_ranks(3, rank):
+        for result, expected in zip(results, (truth, turned, truth), strict=True):
+            assert distance(result, expected) <= EXACT
+
+
 class Refusing(nn.Module):
     """A processor with arithmetic of its own."""
 
@@ -206,7 +240,7 @@ def guest_first() -> tuple[Any, dict[str, Any]]:
 
 REFUSED: dict[str, tuple[Callable[[], tuple[Any, dict[str, Any]]], str]] = {
     "a processor with its own attention": (own_arithmetic, "Refusing calls neither torch's"),
-    "tokens in another order": (shuffled, "not those of 1 x 1 in raster order"),
+    "tokens in another order": (shuffled, "not those of 7 x 5 in raster order"),
     "a guest that looks like the picture": (guest_first, "further pictures to look at are known where"),
     "FLUX.2's cache": (changed("flux2", kv_cache_mode="extract"), "takes no kv_cache_mode"),
     "Qwen-Image's shapes of another size": (changed("qwen", img_shapes=[[(1, 3, 3)]]), "same img_shapes"),

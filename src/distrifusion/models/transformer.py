@@ -232,8 +232,10 @@ def of_positions(name: str) -> Callable[[Any, Call], Grid]:
 
     def grid(model: Any, call: Call) -> Grid:
         ids = call.arguments[name]
-        known: tuple[int, int, Grid] | None = getattr(ids, _GRID, None)
         tokens = call.sample.shape[1]
+        if ids.is_inference():  # no version tells whether it was written to
+            return _read_positions(ids, tokens)
+        known: tuple[int, int, Grid] | None = getattr(ids, _GRID, None)
         if known is None or known[:2] != (ids._version, tokens):
             known = ids._version, tokens, _read_positions(ids, tokens)
             setattr(ids, _GRID, known)
@@ -249,9 +251,11 @@ def _read_positions(ids: Tensor, num_tokens: int) -> Grid:
     places = (ids[0] if ids.ndim == 3 else ids)[:, :3].detach().to("cpu", torch.float64)
     is_own = (places[:, 0] == places[0, 0]).long().cumprod(0).bool()  # up to where another picture begins
     own = places[is_own]
-    rows, cols = (int(own[:, axis].max() - own[0, axis]) + 1 for axis in (1, 2))
-    raster = torch.cartesian_prod(torch.arange(rows), torch.arange(cols)) if rows * cols == len(own) else None
-    if raster is None or len(places) != num_tokens or not torch.equal((own - own[0])[:, 1:], raster.double()):
+    cols = int((own[:, 1] == own[0, 1]).long().cumprod(0).sum())  # in the first row
+    rows = len(own) // cols
+    raster = torch.cartesian_prod(torch.arange(rows), torch.arange(cols)).double() + own[0, 1:]
+    # In the positions' own dtype, in which large ones may be rounded.
+    if len(places) != num_tokens or not torch.equal(own[:, 1:], raster.to(ids.dtype).double()):
         raise UnsupportedModel(
             f"positions of {len(own)} of {num_tokens} tokens are not those of {rows} x {cols} in raster order: further "
             "pictures to look at are known where they come after the first one and differ from it in axis 0"
