@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import threading
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import lru_cache
@@ -18,17 +19,22 @@ torch.set_num_threads(1)  # ranks are threads: with more, they would fight over 
 class Tiny:
     """A class of transformers.
 
-    ``arguments(batch, rows, cols)`` are those of one call, by name, for a picture of ``rows`` x ``cols`` tokens; the
-    latents are ``hidden_states``.
+    ``arguments(batch, rows, cols)`` are those of one call, by name, for a picture of ``rows`` x ``cols`` tokens;
+    ``latents`` is the name of the latents, ``guests`` the number of their tokens that are of further pictures.
     """
 
     build: Callable[[], nn.Module]
     arguments: Callable[[int, int, int], dict[str, Any]]
+    latents: str = "hidden_states"
+    guests: Callable[[int, int], int] = lambda rows, cols: 0
 
 
 def noise(*shape: int, seed: int = 77) -> Tensor:
     """The same values for the same shape and seed."""
     return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+
+
+_LOCK = threading.Lock()
 
 
 @lru_cache
@@ -46,7 +52,8 @@ def _built(build: Callable[[], nn.Module]) -> nn.Module:
 
 def build(tiny: Tiny) -> Any:
     """A new model with weights that are the same every time."""
-    return copy.deepcopy(_built(tiny.build))
+    with _LOCK:  # ranks are threads, which share the generator that weights are drawn from
+        return copy.deepcopy(_built(tiny.build))
 
 
 def positions(rows: int, cols: int) -> Tensor:

@@ -7,12 +7,14 @@ from .conv import PatchConv
 from .linear_attention import PatchLinearAttention
 from .norm import PatchGroupNorm
 from .resample import PatchDownsample, PatchUpsample
-from .tokens import PatchEntry, PatchExit, PatchSeam, PatchSides
+from .seam import PatchSeam
+from .tokens import PatchArguments, PatchEntry, PatchExit, PatchSides
 
 __all__ = [
     "Frame",
     "FrameHolder",
     "Layer",
+    "PatchArguments",
     "PatchAttention",
     "PatchConv",
     "PatchDownsample",

@@ -15,14 +15,27 @@ from ..geometry import Levels, Reader, Split, halo
 
 
 @dataclass
+class Ragged:
+    """Sequences of text and picture whose text has another length in each sample: known only inside the model."""
+
+    starts: list[int]  # of the picture, by sample
+    lengths: list[int]  # the model's own list of text and picture; it reads it again after its last projection
+
+
+@dataclass
 class Frame:
-    """One denoiser's present call on one rank: set before the model runs, read by its layers, never written by them."""
+    """One denoiser's present call on one rank: set before the model runs, read by its layers.
+
+    They do not write to it, but for what is known only inside the model (``ragged``).
+    """
 
     patch: int  # this rank's patch
     dim: int  # the split dim of [B, C, H, W]: 2 rows, 3 cols
     levels: Levels
     exchange: Exchange
     num_frames: int = 1  # of a video; they share the split
+    num_guests: int = 0  # tokens of further pictures, which stand right after the picture's own and are never cut
+    ragged: Ragged | None = None  # set by the entry of a model whose samples have texts of several lengths
 
     def split(self, level: int) -> Split:
         """Who owns which rows at ``level`` of the model."""
@@ -67,10 +80,23 @@ class Layer:
         """The present frame."""
         return self._holder.now()
 
+    method = "forward"
+    """The method of the module that is taken over."""
+
     @property
     def forward(self) -> Callable[..., Any]:
-        """What the module does instead of its own forward."""
+        """What the module does instead of its own forward, or ``method``."""
         raise NotImplementedError
+
+    @property
+    def place(self) -> tuple[int, str]:
+        """What is taken over; the same for two layers that would be in each other's way."""
+        return id(self.module), self.method
+
+    @property
+    def is_attached(self) -> bool:
+        """Whether the method is still ours."""
+        return bool(self.module.__dict__.get(self.method) == self.forward)
 
     def attach(self) -> None:
         """Take over the module's forward.
@@ -78,16 +104,16 @@ class Layer:
         Raises:
             UnsupportedModel: another library has replaced it already, so that ours would silently undo theirs.
         """
-        if "forward" in self.module.__dict__:
+        if self.method in self.module.__dict__:
             raise UnsupportedModel(
-                f"{self.key} ({type(self.module).__name__}): another library has replaced its forward (sequential "
-                "offload, layerwise casting ...); take that off, or switch it on after df.parallelize"
+                f"{self.key} ({type(self.module).__name__}): another library has replaced its {self.method} "
+                "(sequential offload, layerwise casting ...); take that off, or switch it on after df.parallelize"
             )
-        self.module.forward = self.forward
+        setattr(self.module, self.method, self.forward)
 
     def detach(self) -> None:
-        """Give the module its own forward back."""
-        self.module.__dict__.pop("forward", None)
+        """Give the module its own method back."""
+        self.module.__dict__.pop(self.method, None)
 
 
 def with_halo(frame: Frame, key: str, patch: Tensor, inputs: Split, outputs: Split, reader: Reader) -> Tensor:

@@ -1,20 +1,19 @@
-"""Transformers over image tokens: where the tokens of a picture are cut to own rows, and where they meet again.
+"""Transformers over image tokens: where the tokens of a picture are cut to own rows, and where they are whole again.
 
 Tokens stand in raster order, frame by frame; text, or whatever else is not of the picture, may stand before or after
-them in one tokens. It stays whole on every rank.
+them in one tensor. It stays whole on every rank.
 """
 
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.overrides import TorchFunctionMode
 
 from ..errors import UnsupportedModel
 from .base import Frame, FrameHolder, Layer
@@ -22,12 +21,17 @@ from .base import Frame, FrameHolder, Layer
 LATENTS, TOKENS = 0, 1
 """Levels of a transformer: rows of the latent, and rows of tokens, each of which is ``patch_size`` rows of it."""
 
-Place = Literal["first", "last"]
+Place = Literal["first", "last", "ragged"]
+"""Where image tokens stand. ``"last"`` is before the frame's guests; ``"ragged"`` after the text of each sample, where
+the frame says, with padding after them."""
+
+Cut = Callable[[Any, Frame], Any]
+"""What a module or method returned about the whole picture -> the same for the frame's patch."""
 
 
 @dataclass(frozen=True)
 class Tokens:
-    """How a tensor holds image tokens: along ``dim``, before (``"first"``) or after (``"last"``) the rest there.
+    """How a tensor holds image tokens: along ``dim``, and where among the rest there.
 
     ``is_map``: they stand not in one dim but in three, frames, rows and columns, of which ``dim`` is the first.
     """
@@ -36,30 +40,100 @@ class Tokens:
     place: Place = "last"
     is_map: bool = False
 
-    def parts(self, x: Tensor, num_tokens: int) -> tuple[Tensor, Tensor]:
-        """The ``num_tokens`` image tokens, and the rest."""
-        num_rest = x.shape[self.dim] - num_tokens
-        if num_rest < 0:
-            raise UnsupportedModel(f"{x.shape[self.dim]} tokens cannot hold the {num_tokens} of the picture")
-        if self.place == "first":
-            image, rest = torch.split(x, [num_tokens, num_rest], self.dim)
-        else:
-            rest, image = torch.split(x, [num_rest, num_tokens], self.dim)
-        return image, rest
+    def parts(self, x: Tensor, num_tokens: int, frame: Frame) -> tuple[Tensor, Callable[[list[Tensor]], Tensor]]:
+        """The ``num_tokens`` image tokens, and what puts others in their stead.
 
-    def joined(self, images: list[Tensor], rest: Tensor) -> Tensor:
-        """Image tokens and the rest in their order."""
-        if not rest.shape[self.dim]:
-            return images[0] if len(images) == 1 else torch.cat(images, self.dim)
-        return torch.cat([*images, rest] if self.place == "first" else [rest, *images], self.dim)
+        Raises:
+            UnsupportedModel: there are not so many.
+        """
+        if self.place == "ragged":
+            return self._ragged_parts(x, num_tokens, frame)
+        dim = self.dim % x.ndim
+        num_after = x.shape[dim] - num_tokens if self.place == "first" else frame.num_guests
+        num_before = x.shape[dim] - num_tokens - num_after
+        if num_before < 0 or num_after < 0:
+            raise UnsupportedModel(f"{x.shape[dim]} tokens cannot hold the {num_tokens} of the picture")
+        before, image, after = torch.split(x, [num_before, num_tokens, num_after], dim)
+
+        def joined(images: list[Tensor]) -> Tensor:
+            parts = [*([before] if num_before else []), *images, *([after] if num_after else [])]
+            return parts[0] if len(parts) == 1 else torch.cat(parts, dim)
+
+        return image, joined
+
+    def _ragged_parts(
+        self, x: Tensor, num_tokens: int, frame: Frame
+    ) -> tuple[Tensor, Callable[[list[Tensor]], Tensor]]:
+        assert frame.ragged is not None, "the entry of the model says where the pictures are"
+        starts, dim = frame.ragged.starts, self.dim % x.ndim - 1
+        image = torch.stack([each.narrow(dim, start, num_tokens) for each, start in zip(x, starts, strict=True)])
+
+        def joined(images: list[Tensor]) -> Tensor:
+            num_images = sum(part.shape[dim + 1] for part in images)
+            result = []
+            for i, start in enumerate(starts):
+                text = x[i].narrow(dim, 0, start)
+                sample = torch.cat([text, *(part[i] for part in images)], dim)
+                padding = [0, 0] * (sample.ndim - 1 - dim) + [0, max(starts) - start]
+                result.append(F.pad(sample, padding))
+            assert result[0].shape[dim] == max(starts) + num_images
+            return torch.stack(result)
+
+        return image, joined
 
 
 class PatchEntry(Layer):
-    """A module whose output is about all tokens, on every rank: own rows out.
+    """A module, or a method of one, that returns something about all tokens, on every rank: own rows out.
 
     The embedding of patches ``[B, tokens, C]`` or ``[B, C, frames, rows, cols]``, or a table of positions
     ``[text and tokens, D]``; every tensor of a tuple of them. The module itself runs whole, which costs little, so that
     it needs to know nothing of patches.
+    """
+
+    def __init__(
+        self, module: nn.Module, key: str, holder: FrameHolder, *, cut: Tokens | Cut, method: str = "forward"
+    ) -> None:
+        super().__init__(module, key, holder)
+        self._cut = cut
+        self.method = method
+
+    @property
+    def forward(self) -> Callable[..., Any]:
+        """See Layer."""
+        return self._forward
+
+    def _forward(self, *args: Any, **kwargs: Any) -> Any:
+        whole = getattr(type(self.module), self.method)(self.module, *args, **kwargs)
+        if isinstance(self._cut, Tokens):
+            return own_tokens(whole, self._cut, self.frame)
+        return self._cut(whole, self.frame)
+
+
+class PatchArguments(Layer):
+    """A module that runs on own tokens, and is given something about all of them: those arguments are cut.
+
+    They are given by name; the one that is None is left alone.
+    """
+
+    def __init__(self, module: nn.Module, key: str, holder: FrameHolder, *, cuts: Mapping[str, Tokens]) -> None:
+        super().__init__(module, key, holder)
+        self._cuts = cuts
+
+    @property
+    def forward(self) -> Callable[..., Any]:
+        """See Layer."""
+        return self._forward
+
+    def _forward(self, *args: Any, **kwargs: Any) -> Any:
+        own = {name: own_tokens(kwargs[name], tokens, self.frame) for name, tokens in self._cuts.items()}
+        return type(self.module).forward(self.module, *args, **{**kwargs, **own})
+
+
+class PatchExit(Layer):
+    """The last module over tokens: own rows ``[B, tokens, C]`` in; out the whole picture's, zeros but for the own.
+
+    What the model does after it, it does for the whole picture, by its own arithmetic of height and width; then the own
+    rows are taken of the result.
     """
 
     def __init__(self, module: nn.Module, key: str, holder: FrameHolder, *, tokens: Tokens) -> None:
@@ -72,29 +146,17 @@ class PatchEntry(Layer):
         return self._forward
 
     def _forward(self, *args: Any, **kwargs: Any) -> Any:
-        return own_tokens(type(self.module).forward(self.module, *args, **kwargs), self._tokens, self.frame)
-
-
-class PatchExit(Layer):
-    """The last module over tokens: own rows ``[B, tokens, C]`` in; out the whole picture's, zeros but for the own.
-
-    What the model does after it, it does for the whole picture, by its own arithmetic of height and width; then the own
-    rows are taken of the result.
-    """
-
-    @property
-    def forward(self) -> Callable[..., Any]:
-        """See Layer."""
-        return self._forward
-
-    def _forward(self, *args: Any, **kwargs: Any) -> Any:
-        own: Tensor = type(self.module).forward(self.module, *args, **kwargs)
+        out: Tensor = type(self.module).forward(self.module, *args, **kwargs)
         frame, split = self.frame, self.frame.split(TOKENS)
+        sizes = frame.num_tokens(TOKENS)
+        own, joined = self._tokens.parts(out, sizes[frame.patch], frame)
         whole = own.new_zeros(own.shape[0], frame.num_frames, *frame.sides(TOKENS, split.size), own.shape[2])
         span = split.span(frame.patch)
         part = whole.narrow(frame.dim, span.start, len(span))  # [B, frames, rows, cols, C]: its dims 2 and 3 are ours
-        part.copy_(own.view(part.shape))
-        return whole.flatten(1, 3)
+        part.copy_(own.reshape(part.shape))
+        if frame.ragged is not None:
+            frame.ragged.lengths[:] = [start + sum(sizes) for start in frame.ragged.starts]
+        return joined([whole.flatten(1, 3)])
 
 
 class PatchSides(Layer):
@@ -122,89 +184,6 @@ class PatchSides(Layer):
         return type(self.module).forward(*call.args, **call.kwargs)
 
 
-class PatchSeam(Layer):
-    """An attention module in whose keys the image tokens of a patch become those of the whole picture.
-
-    The processor that the user set runs as it is, on own tokens. Where it calls torch's attention, with positions and
-    norms already applied, K and V ``[B, heads, tokens, D]`` of the peers are put beside the own ones.
-    """
-
-    def __init__(self, module: nn.Module, key: str, holder: FrameHolder, *, place: Place) -> None:
-        super().__init__(module, key, holder)
-        self._tokens = Tokens(2, place)
-
-    @property
-    def forward(self) -> Callable[..., Any]:
-        """See Layer."""
-        return self._forward
-
-    def _forward(self, *args: Any, **kwargs: Any) -> Any:
-        with _Attending(self, self.frame) as attending:
-            result = type(self.module).forward(self.module, *args, **kwargs)
-        if not attending.num_calls:
-            raise UnsupportedModel(
-                f"{self.key}: {type(self.module.processor).__name__} does not call torch's "
-                "scaled_dot_product_attention; use a processor or an attention backend that does"
-            )
-        return result
-
-    def gather(self, frame: Frame, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-        """K and V ``[B, heads, all tokens, D]`` of own image tokens and the rest."""
-        sizes = frame.num_tokens(TOKENS)
-        (own_k, rest_k), (own_v, rest_v) = (self._tokens.parts(x, sizes[frame.patch]) for x in (k, v))
-        parts = frame.exchange.gather(self.key, (own_k, own_v), sizes, self._tokens.dim).wait()
-        return (
-            self._tokens.joined([part[0] for part in parts], rest_k),
-            self._tokens.joined([part[1] for part in parts], rest_v),
-        )
-
-    def mask(self, frame: Frame, mask: Tensor, num_keys: int) -> Tensor:
-        """An attention mask ``[..., keys]`` for own image tokens and text -> for all ``num_keys``.
-
-        Image tokens are never masked, so those of the peers get the value of the first own one. A mask that was made
-        for the whole picture stays.
-
-        Raises:
-            UnsupportedModel: a mask with a row for each query, which belongs to whole pictures.
-        """
-        if mask.shape[-1] == num_keys and (mask.ndim < 2 or mask.shape[-2] == 1):
-            return mask
-        if mask.ndim > 1 and mask.shape[-2] != 1:
-            raise UnsupportedModel(
-                f"{self.key}: an attention mask of shape {tuple(mask.shape)} goes across patches; only one that hides "
-                "text tokens from all queries, [batch, 1, 1, keys], is known"
-            )
-        sizes = frame.num_tokens(TOKENS)
-        image, rest = Tokens(mask.ndim - 1, self._tokens.place).parts(mask, sizes[frame.patch])
-        everyone = image[..., :1].expand(*image.shape[:-1], sum(sizes))
-        return Tokens(mask.ndim - 1, self._tokens.place).joined([everyone], rest)
-
-
-class _Attending(TorchFunctionMode):
-    """While a seam's module runs in this thread: its first attention is over the whole picture."""
-
-    def __init__(self, seam: PatchSeam, frame: Frame) -> None:
-        super().__init__()
-        self._seam, self._frame = seam, frame
-        self.num_calls = 0
-
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        kwargs = kwargs or {}
-        if func is not F.scaled_dot_product_attention:
-            return func(*args, **kwargs)
-        self.num_calls += 1
-        if self.num_calls > 1:  # to an adapter's tokens
-            return func(*args, **kwargs)
-        return self._attend(*args, **kwargs)
-
-    def _attend(
-        self, query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None = None, *args: Any, **kwargs: Any
-    ) -> Tensor:
-        k, v = self._seam.gather(self._frame, key, value)
-        mask = None if attn_mask is None else self._seam.mask(self._frame, attn_mask, k.shape[-2])
-        return F.scaled_dot_product_attention(query, k, v, mask, *args, **kwargs)
-
-
 def own_tokens(x: Any, tokens: Tokens, frame: Frame) -> Any:
     """Own rows of tensors that hold the tokens of the whole picture; of each in a tuple or list.
 
@@ -221,6 +200,6 @@ def own_tokens(x: Any, tokens: Tokens, frame: Frame) -> Any:
         if tuple(x.shape[dim : dim + 3]) != shape:
             raise UnsupportedModel(f"a map of {tuple(x.shape[dim : dim + 3])} tokens is not one of {shape}")
         return x.narrow(dim + frame.dim - 1, span.start, len(span))
-    image, rest = tokens.parts(x, sum(frame.num_tokens(TOKENS)))
+    image, joined = tokens.parts(x, sum(frame.num_tokens(TOKENS)), frame)
     own = torch.unflatten(image, dim, shape).narrow(dim + frame.dim - 1, span.start, len(span))
-    return Tokens(dim, tokens.place).joined([own.flatten(dim, dim + 2)], rest)
+    return joined([own.flatten(dim, dim + 2)])

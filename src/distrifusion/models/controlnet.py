@@ -44,6 +44,10 @@ class ControlNetTable:
         """See Table."""
         return 1
 
+    def num_guests(self, call: Call) -> int:
+        """See Table."""
+        return 0
+
     def levels(self, height: int, width: int, num_patches: int, dim: int) -> Levels:
         """See Table."""
         return levels_of(self.model, height, width, num_patches, dim)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
 
 import torch
@@ -17,10 +17,14 @@ from ..layers import Frame, FrameHolder, Layer
 
 @dataclass
 class Call:
-    """One call of a denoiser, its arguments by name. ``sample`` is the whole latent ``[B, C, H, W]``."""
+    """One call of a denoiser, its arguments by name. ``sample`` is the whole latent ``[B, C, H, W]``.
+
+    ``lists`` names arguments that are lists with an item for each picture of the batch.
+    """
 
     arguments: dict[str, Any]
     sample_name: str = "sample"
+    lists: tuple[str, ...] = ()
 
     @property
     def sample(self) -> Tensor:
@@ -30,15 +34,20 @@ class Call:
 
     def having(self, **changes: Any) -> Call:
         """The same call with some arguments changed."""
-        return Call({**self.arguments, **changes}, self.sample_name)
+        return replace(self, arguments={**self.arguments, **changes})
 
     def for_batch(self, span: Span) -> Call:
         """The same call for some of the batch: every tensor whose first dim is the batch is cut."""
-        taken = _take(self.arguments, self.sample.shape[0], span)
+        batch = self.sample.shape[0]
+        taken = _take(self.arguments, batch, span)
+        for name in self.lists:
+            items = self.arguments.get(name)
+            if isinstance(items, list) and len(items) == batch:
+                taken[name] = items[span.start : span.stop]
         attention = self.arguments.get("cross_attention_kwargs")
         if attention:  # IP-Adapter's masks are by adapter, of which there may be as many as pictures
             taken["cross_attention_kwargs"] = attention
-        return Call(taken, self.sample_name)
+        return replace(self, arguments=taken)
 
 
 class Table(Protocol):
@@ -54,6 +63,10 @@ class Table(Protocol):
 
     def num_frames(self, call: Call) -> int:
         """Frames of a video; a picture has one."""
+        ...
+
+    def num_guests(self, call: Call) -> int:
+        """Tokens of further pictures to look at, which stand right after those of the call's picture."""
         ...
 
     def levels(self, height: int, width: int, num_patches: int, dim: int) -> Levels:
@@ -91,11 +104,11 @@ class Table(Protocol):
         """
         ...
 
-    def fold(self, output: Tensor, call: Call, frame: Frame) -> Tensor:
+    def fold(self, output: Any, call: Call, frame: Frame) -> Tensor:
         """Own rows ``[B, C, rows, W]`` of the prediction, from what the model returned first."""
         ...
 
-    def unfold(self, whole: Tensor, like: Tensor) -> Tensor:
+    def unfold(self, whole: Tensor, like: Any) -> Any:
         """The whole prediction ``[B, C, H, W]`` in the form of what the model returns, ``like`` one it returned."""
         ...
 

@@ -22,13 +22,14 @@ from ..layers import (
     Frame,
     FrameHolder,
     Layer,
+    PatchArguments,
     PatchEntry,
     PatchExit,
     PatchLinearAttention,
     PatchSeam,
     PatchSides,
 )
-from ..layers.tokens import TOKENS, Place, Tokens, own_tokens
+from ..layers.tokens import LATENTS, TOKENS, Cut, Place, Tokens, own_tokens
 from .blocks import Fingerprint, walk_over
 from .table import Call, bind, check_module, unsupported
 from .table import Place as OnLevel
@@ -36,11 +37,15 @@ from .table import Place as OnLevel
 
 @dataclass(frozen=True)
 class Grid:
-    """How the tokens of a call's picture stand: ``frames`` x ``rows`` x ``cols``."""
+    """How the tokens of a call's picture stand: ``frames`` x ``rows`` x ``cols``, and ``guests`` after them.
+
+    Guests are tokens of further pictures to look at. They stay whole on every rank, as text does.
+    """
 
     rows: int
     cols: int
     frames: int = 1
+    guests: int = 0
 
 
 @dataclass(frozen=True)
@@ -50,10 +55,15 @@ class Plan:
     Args:
         model: the class, exactly.
         names: models that have it, for people.
-        entries: modules whose output holds the tokens of the whole picture, and how.
-        seams: attentions over image tokens, and whether these stand first or last among the keys.
-        exit: the last module over tokens.
+        entries: modules whose output holds the tokens of the whole picture, and how, or what cuts it.
+        seams: attentions over image tokens, and where these stand among the keys.
         grid: of a call's picture.
+        exit: the last module over tokens.
+        leaving: how the output of ``exit`` holds them.
+        methods: methods of the model, as ``entries``.
+        inputs: modules that are given something about all tokens among their arguments by name.
+        sample: the argument that holds the latents.
+        lists: arguments that are lists with an item for each picture of the batch.
         patch: rows of a latent behind a row of tokens; 1 where the latents come as tokens.
         sums: linear attentions over image tokens, and the processors that may be theirs: see PatchLinearAttention.
         convs: convolutions over tokens in rows.
@@ -67,10 +77,15 @@ class Plan:
 
     model: type[nn.Module]
     names: tuple[str, ...]
-    entries: Mapping[str, Tokens]
     seams: Mapping[str, Place]
     grid: Callable[[Any, Call], Grid]
+    entries: Mapping[str, Tokens | Cut] = field(default_factory=dict)
     exit: str = "proj_out"
+    leaving: Tokens = field(default_factory=Tokens)
+    methods: Mapping[str, Cut] = field(default_factory=dict)
+    inputs: Mapping[str, Mapping[str, Tokens]] = field(default_factory=dict)
+    sample: str = "hidden_states"
+    lists: tuple[str, ...] = ()
     patch: Callable[[Any], int] = field(default=lambda model: int(model.config.patch_size))
     sums: Mapping[str, tuple[type, ...]] = field(default_factory=dict)
     convs: tuple[str, ...] = ()
@@ -101,6 +116,10 @@ class TransformerTable:
         """See Table."""
         return self._plan.grid(self.model, call).frames
 
+    def num_guests(self, call: Call) -> int:
+        """See Table."""
+        return self._plan.grid(self.model, call).guests
+
     def levels(self, height: int, width: int, num_patches: int, dim: int) -> Levels:
         """See Table. Level 0 is the latent's, level 1 that of its tokens."""
         patch = self._plan.patch(self.model)
@@ -119,12 +138,16 @@ class TransformerTable:
         """See Table."""
         plan, used = self._plan, set[str]()
         walk = walk_over(holder)
+        for method, cut in plan.methods.items():
+            yield PatchEntry(self.model, method, holder, cut=cut, method=method)
         for name, module in self.model.named_modules():
             if module is self.model or id(module) in walk.seen:
                 continue
             check_module(module, name)
             if (pattern := _match(name, plan.entries)) is not None:
-                yield PatchEntry(module, name, holder, tokens=plan.entries[pattern])
+                yield PatchEntry(module, name, holder, cut=plan.entries[pattern])
+            elif (pattern := _match(name, plan.inputs)) is not None:
+                yield PatchArguments(module, name, holder, cuts=plan.inputs[pattern])
             elif (pattern := _match(name, plan.seams)) is not None:
                 yield PatchSeam(module, name, holder, place=plan.seams[pattern])
             elif (pattern := _match(name, plan.sums)) is not None:
@@ -135,7 +158,7 @@ class TransformerTable:
                 yield from walk(module, name, OnLevel(TOKENS, TOKENS))  # of what an adapter has put around it, too
             elif name == plan.exit:
                 pattern = name
-                yield PatchExit(module, name, holder)
+                yield PatchExit(module, name, holder, tokens=plan.leaving)
             elif hasattr(module, "processor") and _match(name, plan.texts) is None:
                 raise unsupported(module, name, "is an attention that the plan of its model does not name")
             elif isinstance(module, _READS_BEYOND) and not any(name.startswith(entry) for entry in plan.entries):
@@ -147,7 +170,10 @@ class TransformerTable:
 
     def bind(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Call:
         """See Table."""
-        call = Call(bind(self._forward, self.model, args, kwargs), "hidden_states")
+        call = Call(bind(self._forward, self.model, args, kwargs), self._plan.sample, self._plan.lists)
+        samples = call.arguments[self._plan.sample]
+        if isinstance(samples, list | tuple):
+            call = call.having(**{self._plan.sample: _stacked(samples)})
         for name in self._plan.unknown:
             if call.arguments.get(name) is not None:
                 raise UnsupportedModel(f"{type(self.model).__name__} in patches takes no {name}; leave it out")
@@ -155,25 +181,34 @@ class TransformerTable:
 
     def conditioning(self, call: Call) -> Any:
         """See Table."""
-        return tuple(call.arguments.get(name) for name in self._plan.conditions)
+        given = [call.arguments.get(name) for name in self._plan.conditions]
+        return tuple(part for each in given for part in (each if isinstance(each, list) else [each]))
 
     def localise(self, call: Call, frame: Frame, *, fed: bool) -> Call:
         """See Table. Tokens that come of the latents are cut by the entries, inside the model."""
         cut = {name: tokens for name, tokens in self._plan.cuts.items() if call.arguments.get(name) is not None}
         return call.having(**{name: _own(call.arguments[name], tokens, frame) for name, tokens in cut.items()})
 
-    def fold(self, output: Tensor, call: Call, frame: Frame) -> Tensor:
-        """See Table: of tokens ``[B, tokens, C]``, pictures ``[B, C, H, W]`` or videos ``[B, C, frames, H, W]``."""
-        if output.ndim == 3:
-            grid = self._plan.grid(self.model, call)
-            output = torch.unflatten(output.transpose(1, 2), 2, (grid.frames, grid.rows, grid.cols))
-        if output.ndim == 5:
-            output = output.flatten(1, 2)
-        span = frame.split(0).span(frame.patch)
-        return output.narrow(frame.dim, span.start, len(span))
+    def fold(self, output: Any, call: Call, frame: Frame) -> Tensor:
+        """See Table: of tokens ``[B, tokens, C]``, pictures ``[B, C, H, W]`` or videos ``[B, C, frames, H, W]``.
 
-    def unfold(self, whole: Tensor, like: Tensor) -> Tensor:
-        """See Table."""
+        Also of a list of one of the latter two for each picture of the batch.
+        """
+        whole: Tensor = torch.stack(output) if isinstance(output, list) else output
+        split = frame.split(TOKENS)
+        if whole.ndim == 3:
+            image = whole[:, : sum(frame.num_tokens(TOKENS))]
+            sides = frame.num_frames, *frame.sides(TOKENS, split.size)
+            whole = torch.unflatten(image.transpose(1, 2), 2, sides)
+        if whole.ndim == 5:
+            whole = whole.flatten(1, 2)
+        span = frame.split(LATENTS).span(frame.patch)
+        return whole.narrow(frame.dim, span.start, len(span))
+
+    def unfold(self, whole: Tensor, like: Any) -> Any:
+        """See Table. What the model predicts for guests is left out, as pipelines have no use for it."""
+        if isinstance(like, list):
+            return list(self.unfold(whole, like[0][None]))
         if like.ndim == 3:
             return whole.flatten(2).view(len(whole), like.shape[2], -1).transpose(1, 2).contiguous()
         return torch.unflatten(whole, 1, like.shape[1:3]) if like.ndim == 5 else whole
@@ -200,7 +235,9 @@ _READS_BEYOND = (nn.modules.conv._ConvNd, nn.GroupNorm, nn.modules.pooling._AvgP
 
 
 def _match(name: str, patterns: Any) -> str | None:
-    return next((each for each in patterns if each.count(".") == name.count(".") and fnmatchcase(name, each)), None)
+    """The pattern of as many parts as the name has: a ``*`` stands for one of them."""
+    depth = name.count(".")
+    return next((each for each in patterns if each.count(".") == depth and fnmatchcase(name, each)), None)
 
 
 def of_latent(model: Any, call: Call) -> Grid:
@@ -217,17 +254,46 @@ def of_latent(model: Any, call: Call) -> Grid:
 
 
 def of_positions(name: str) -> Callable[[Any, Call], Grid]:
-    """The grid of latents that come as tokens with positions ``[tokens, 3]`` (or ``[B, tokens, 3]``), as ``name``."""
+    """The grid of latents that come as tokens with positions ``[tokens, axes]``, or ``[B, tokens, axes]``, by ``name``.
+
+    Axis 0 tells pictures apart, axes 1 and 2 are row and column. The first picture is the one to be made. Positions are
+    read once per tensor that holds them: on an accelerator the host waits for it.
+    """
 
     def grid(model: Any, call: Call) -> Grid:
         ids = call.arguments[name]
-        ids = ids[0] if ids.ndim == 3 else ids
-        rows, cols = (int(ids[:, axis].max()) + 1 for axis in (-2, -1))
         tokens = call.sample.shape[1]
-        if rows * cols != tokens:
-            raise UnsupportedModel(
-                f"{tokens} tokens are not the {rows} x {cols} of one picture: further pictures to look at are not known"
-            )
-        return Grid(rows, cols)
+        if ids.is_inference():  # no version tells whether it was written to
+            return _read_positions(ids, tokens)
+        known: tuple[int, int, Grid] | None = getattr(ids, _GRID, None)
+        if known is None or known[:2] != (ids._version, tokens):
+            known = ids._version, tokens, _read_positions(ids, tokens)
+            setattr(ids, _GRID, known)
+        return known[2]
 
     return grid
+
+
+_GRID = "_distrifusion_grid"  # on positions: their version, the number of tokens, and the grid that was read off them
+
+
+def _read_positions(ids: Tensor, num_tokens: int) -> Grid:
+    places = (ids[0] if ids.ndim == 3 else ids)[:, :3].detach().to("cpu", torch.float64)
+    is_own = (places[:, 0] == places[0, 0]).long().cumprod(0).bool()  # up to where another picture begins
+    own = places[is_own]
+    cols = int((own[:, 1] == own[0, 1]).long().cumprod(0).sum())  # in the first row
+    rows = len(own) // cols
+    raster = torch.cartesian_prod(torch.arange(rows), torch.arange(cols)).double() + own[0, 1:]
+    # In the positions' own dtype, in which large ones may be rounded.
+    if len(places) != num_tokens or not torch.equal(own[:, 1:], raster.to(ids.dtype).double()):
+        raise UnsupportedModel(
+            f"positions of {len(own)} of {num_tokens} tokens are not those of {rows} x {cols} in raster order: further "
+            "pictures to look at are known where they come after the first one and differ from it in axis 0"
+        )
+    return Grid(rows, cols, guests=num_tokens - len(own))
+
+
+def _stacked(samples: Any) -> Tensor:
+    if not all(isinstance(each, Tensor) and each.shape == samples[0].shape for each in samples):
+        raise UnsupportedModel("in patches, the pictures of one call are tensors of one size")
+    return torch.stack(list(samples))

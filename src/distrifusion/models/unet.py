@@ -47,6 +47,10 @@ class UNetTable:
         """See Table."""
         return 1
 
+    def num_guests(self, call: Call) -> int:
+        """See Table."""
+        return 0
+
     def levels(self, height: int, width: int, num_patches: int, dim: int) -> Levels:
         """See Table."""
         unit = 2 ** len(downsampling_windows(self.model)[0])

@@ -9,7 +9,7 @@ from time import perf_counter
 from typing import Any, TypeVar
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from ..comm import Comm
 from ..config import ParallelConfig
@@ -68,7 +68,7 @@ class ParallelDenoiser:
         self._cost = Cost()  # of a feeder, until it is asked for
         self._strategy = strategy_for(config, self._guidance.patches)
         self._holder = FrameHolder()
-        self._layers: dict[int, Layer] = {}  # by id of their module
+        self._layers: dict[tuple[int, str], Layer] = {}  # by their place
         self._pictures = Pictures(self._strategy, timesteps)
         has_halves = self._mesh.size("cfg") > 1 and not self._feeders
         branch = self._guidance.branch if has_halves else None
@@ -111,8 +111,8 @@ class ParallelDenoiser:
             parallel._detach()
 
     def _check_unwrapped(self) -> None:
-        ours = [(self.model, self._outer), *((layer.module, layer.forward) for layer in self._layers.values())]
-        found = [module for module, forward in ours if module.__dict__.get("forward") != forward]
+        found = [self.model] if self.model.__dict__.get("forward") != self._outer else []
+        found += [layer.module for layer in self._layers.values() if not layer.is_attached]
         if found and not self._is_detached:
             raise ConfigError(
                 f"{type(found[0]).__name__} was wrapped by another library (offload, casting or cache hooks) after "
@@ -181,8 +181,8 @@ class ParallelDenoiser:
         num_patches = self._mesh.size("patch")
         levels = self._table.levels(*self._table.size(call), num_patches, dim)
         exchange = self._strategy.policy(state)
-        patch, num_frames = self._mesh.coordinate(self._comm.rank, "patch"), self._table.num_frames(call)
-        frame = Frame(patch, dim, levels, exchange, num_frames)
+        patch = self._mesh.coordinate(self._comm.rank, "patch")
+        frame = Frame(patch, dim, levels, exchange, self._table.num_frames(call), self._table.num_guests(call))
         fed = [feeder.take_cost() for feeder in self._feeders]
         own_call = self._own_batch(call)
         if num_patches > 1:
@@ -203,7 +203,7 @@ class ParallelDenoiser:
         self.report.patches = levels.splits[0].sizes
         return Ran(result, own, levels)
 
-    def _deliver(self, ran: Ran, call: Call, halves: Halves) -> Tensor:
+    def _deliver(self, ran: Ran, call: Call, halves: Halves) -> Any:
         """Everyone's predictions, as the model returns them. See `Pairs`."""
         dim = 2 if self._config.split == "rows" else 3
         batch = call.sample.shape[0]
@@ -228,7 +228,7 @@ class ParallelDenoiser:
             raise ConfigError("cfg=2 does not work with PAG, whose branches must share a batch; use cfg=1")
         if self._mesh.size("patch") == 1:
             return
-        wanted = {id(layer.module): layer for layer in self._table.layers(self._holder)}
+        wanted = {layer.place: layer for layer in self._table.layers(self._holder)}
         for known in [known for known in self._layers if known not in wanted]:
             self._layers.pop(known).detach()
         for known, layer in wanted.items():

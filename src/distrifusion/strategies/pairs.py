@@ -51,7 +51,7 @@ class Pairs:
         self,
         branch: int | None,
         run: Callable[[Call, State], Ran],
-        deliver: Callable[[Ran, Call, Halves], Tensor],
+        deliver: Callable[[Ran, Call, Halves], Any],
         place: Callable[[State], tuple[int, int]],
         alone: Callable[[Callable[[], Tensor]], Tensor],
     ) -> None:
@@ -63,7 +63,8 @@ class Pairs:
         """The result of one call of the model."""
         place, num_branches = self._place(state)
         # A batch is halved instead. Whether there are two calls in a step is known when both were there once.
-        if self._branch is None or call.sample.shape[0] > 1 or num_branches != 2 or state.last is None:
+        is_known = num_branches == 2 and state.last is not None and isinstance(state.last.result[0], Tensor)
+        if self._branch is None or call.sample.shape[0] > 1 or not is_known:
             return self._now(call, state)
         state.is_halved = True
         before: Ran = state.last
@@ -91,9 +92,10 @@ class Pairs:
     def _settle(self, first: _First) -> Tensor:
         if self._first is not None and self._first[0] is first:
             self._first = None
-        return self._deliver(first.ran, first.call, (0,))
+        prediction: Tensor = self._deliver(first.ran, first.call, (0,))
+        return prediction
 
 
-def _with(result: Any, prediction: Tensor) -> Any:
+def _with(result: Any, prediction: Any) -> Any:
     """A model's result with another prediction."""
     return (prediction, *result[1:]) if isinstance(result, tuple) else type(result)(prediction)

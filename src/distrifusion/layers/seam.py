@@ -1,0 +1,169 @@
+"""Attention over image tokens: K and V of the peers are put beside the own ones where the attention is called.
+
+A processor may call torch's ``scaled_dot_product_attention`` or diffusers' ``dispatch_attention_fn``, behind which are
+the kernels of other libraries. Both are met where they are called, with positions and norms applied, for the time of
+one module's forward and in its thread only.
+"""
+
+from __future__ import annotations
+
+import functools
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+
+from ..errors import UnsupportedModel
+from .base import Frame, FrameHolder, Layer
+from .tokens import TOKENS, Place, Tokens
+
+_DISPATCH = "dispatch_attention_fn"
+
+_ASK_AGAIN = frozenset({"SD3IPAdapterJointAttnProcessor2_0"})
+"""Processors whose second attention is over the picture too, with an adapter's tokens after it."""
+
+
+class PatchSeam(Layer):
+    """An attention module in whose keys the image tokens of a patch become those of the whole picture.
+
+    The processor that the user set runs as it is, on own tokens.
+    """
+
+    def __init__(self, module: nn.Module, key: str, holder: FrameHolder, *, place: Place) -> None:
+        super().__init__(module, key, holder)
+        self._place = place
+
+    @property
+    def forward(self) -> Callable[..., Any]:
+        """See Layer."""
+        return self._forward
+
+    def _forward(self, *args: Any, **kwargs: Any) -> Any:
+        processor = self.module.processor
+        attending = _Attending(self, self.frame, 2 if type(processor).__name__ in _ASK_AGAIN else 1)
+        with attending, _dispatching(processor, attending):
+            result = type(self.module).forward(self.module, *args, **kwargs)
+        if not attending.num_calls:
+            raise UnsupportedModel(
+                f"{self.key}: {type(processor).__name__} calls neither torch's scaled_dot_product_attention nor "
+                "diffusers' dispatch_attention_fn; use a processor that does"
+            )
+        return result
+
+    def gather(self, frame: Frame, k: Tensor, v: Tensor, dim: int, place: Place) -> tuple[Tensor, Tensor]:
+        """K and V with all tokens along ``dim``, of own image tokens and the rest."""
+        sizes, tokens = frame.num_tokens(TOKENS), Tokens(dim, place)
+        (own_k, all_k), (own_v, all_v) = (tokens.parts(x, sizes[frame.patch], frame) for x in (k, v))
+        parts = frame.exchange.gather(self.key, (own_k, own_v), sizes, dim).wait()
+        return all_k([part[0] for part in parts]), all_v([part[1] for part in parts])
+
+    def mask(self, frame: Frame, mask: Tensor, num_own: int, num_keys: int) -> Tensor:
+        """An attention mask ``[..., keys]`` for ``num_own`` image tokens and text -> for all ``num_keys``.
+
+        Image tokens are never masked by themselves, so those of the peers get the value of the first own one, for each
+        query where there is a row for each. A mask for all queries that was made for the whole picture stays.
+
+        Raises:
+            UnsupportedModel: a mask with a row for each query of the whole picture.
+        """
+        is_for_all = mask.ndim < 3 or mask.shape[-2] == 1
+        if mask.shape[-1] == num_keys and (is_for_all or num_keys == num_own):
+            return mask
+        if mask.shape[-1] != num_own or not (is_for_all or mask.shape[-2] == num_own):
+            raise UnsupportedModel(
+                f"{self.key}: an attention mask of shape {tuple(mask.shape)} goes across patches; only one that hides "
+                "text tokens, such as [batch, 1, 1, keys], is known"
+            )
+        sizes, tokens = frame.num_tokens(TOKENS), Tokens(mask.ndim - 1, self._place)
+        image, joined = tokens.parts(mask, sizes[frame.patch], frame)
+        return joined([image[..., :1].expand(*image.shape[:-1], sum(sizes))])
+
+    def attend(
+        self,
+        frame: Frame,
+        attention: Callable[..., Any],
+        dim: int,
+        is_first: bool,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        attn_mask: Tensor | None = None,
+        *args: Any,
+        **kwargs: Any,
+    ) -> Any:
+        """``attention`` of own queries over the keys of the whole picture, which stand along ``dim``."""
+        k, v = self.gather(frame, key, value, dim, self._place if is_first else "first")
+        mask = None if attn_mask is None else self.mask(frame, attn_mask, key.shape[dim], k.shape[dim])
+        return attention(query, k, v, mask, *args, **kwargs)
+
+
+class _Attending(TorchFunctionMode):
+    """While a seam's module runs in this thread: its first attentions are over the whole picture."""
+
+    def __init__(self, seam: PatchSeam, frame: Frame, limit: int) -> None:
+        super().__init__()
+        self._seam, self._frame, self._limit = seam, frame, limit
+        self._is_inside = False  # an attention, which calls another
+        self.num_calls = 0
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is not F.scaled_dot_product_attention or self._is_inside:
+            return func(*args, **(kwargs or {}))
+        return self.attend(func, 2, *args, **(kwargs or {}))
+
+    def attend(self, attention: Callable[..., Any], dim: int, *args: Any, **kwargs: Any) -> Any:
+        """An attention that the module calls."""
+        self.num_calls += 1
+        self._is_inside = True
+        try:
+            if self.num_calls > self._limit:  # to an adapter's tokens
+                return attention(*args, **kwargs)
+            return self._seam.attend(self._frame, attention, dim, self.num_calls == 1, *args, **kwargs)
+        finally:
+            self._is_inside = False
+
+
+_HERE = threading.local()  # .attending: that of the seam whose module runs in this thread
+_LOCK = threading.Lock()
+_OPEN: dict[int, tuple[Any, int]] = {}  # id of a module's names -> its own dispatch_attention_fn, and who needs ours
+
+
+@contextmanager
+def _dispatching(processor: Any, attending: _Attending) -> Iterator[None]:
+    """The processor's ``dispatch_attention_fn`` is met, in this thread; other threads of its module get their own."""
+    names = getattr(type(processor).__call__, "__globals__", {})
+    if _DISPATCH not in names:
+        yield
+        return
+    with _LOCK:
+        original, num_users = _OPEN.get(id(names), (names[_DISPATCH], 0))
+        _OPEN[id(names)] = original, num_users + 1
+        if not num_users:
+            names[_DISPATCH] = _met(original)
+    before = getattr(_HERE, "attending", None)
+    _HERE.attending = attending
+    try:
+        yield
+    finally:
+        _HERE.attending = before
+        with _LOCK:
+            original, num_users = _OPEN.pop(id(names))
+            if num_users > 1:
+                _OPEN[id(names)] = original, num_users - 1
+            else:
+                names[_DISPATCH] = original
+
+
+def _met(dispatch: Callable[..., Any]) -> Callable[..., Any]:
+    @functools.wraps(dispatch)
+    def dispatch_here(*args: Any, **kwargs: Any) -> Any:
+        attending: _Attending | None = getattr(_HERE, "attending", None)
+        if attending is None:
+            return dispatch(*args, **kwargs)
+        return attending.attend(dispatch, 1, *args, **kwargs)
+
+    return dispatch_here
