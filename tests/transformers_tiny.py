@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import threading
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import lru_cache
@@ -44,9 +45,13 @@ def _built(build: Callable[[], nn.Module]) -> nn.Module:
     return model.eval().requires_grad_(False)
 
 
+_LOCK = threading.Lock()
+
+
 def build(tiny: Tiny) -> Any:
-    """A new model with weights that are the same every time."""
-    return copy.deepcopy(_built(tiny.build))
+    """A new model with weights that are the same every time, also for ranks, which are threads with one generator."""
+    with _LOCK:
+        return copy.deepcopy(_built(tiny.build))
 
 
 def positions(rows: int, cols: int) -> Tensor:
