@@ -281,3 +281,16 @@ def test_branches_do_not_read_each_others_past(name: str) -> None:
     for both, one, kinds in df.run_ranks(2, rank):
         assert kinds.count("displaced") == 2 * (STEPS - 1)
         assert distance(both, one) <= EXACT
+
+
+@pytest.mark.parametrize("name", ["wan", "wan-2.2-5b", "hunyuan-video"])
+def test_with_two_halves_each_computes_one_of_the_two_calls(name: str) -> None:
+    """After the first step, in which nobody knows yet that there are two."""
+
+    def rank(comm: Any) -> int:
+        pipe, runs = df.parallelize(CASES[name].make(), CFG, comm), list[int]()
+        pipe.transformer.proj_out.register_forward_hook(lambda *_: runs.append(1))
+        CASES[name](pipe)
+        return len(runs)
+
+    assert df.run_ranks(2, rank) == [STEPS + 1, STEPS + 1]

@@ -51,8 +51,8 @@ def _built(build: Callable[[], nn.Module]) -> nn.Module:
 
 
 def build(tiny: Tiny) -> Any:
-    """A new model with weights that are the same every time."""
-    with _LOCK:  # ranks are threads, which share the generator that weights are drawn from
+    """A new model with weights that are the same every time, also for ranks, which are threads with one generator."""
+    with _LOCK:
         return copy.deepcopy(_built(tiny.build))
 
 
