@@ -139,5 +139,7 @@ def test_cfg_halves_the_batch_and_restore_leaves_no_trace(name: str) -> None:
 
 @pytest.mark.parametrize("name", MODELS)
 def test_more_ranks_than_rows_are_refused(name: str) -> None:
-    with pytest.raises(df.ConfigError, match=r"3 rows of tokens cannot be split over 4 ranks: the largest .* is 3"):
+    with pytest.raises(
+        df.ConfigError, match=r"3 rows of tokens cannot be split over 4 ranks: the largest world .* is 3"
+    ):
         on_ranks(name, 4, df.ParallelConfig(strategy="sync"), MODELS[name].arguments(1, 3, 8))
