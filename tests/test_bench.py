@@ -46,8 +46,15 @@ def test_cases_put_the_bare_model_first_and_one_rank_once() -> None:
     assert names == [("bare model", 1), ("bare model, 4 threads", 1), ("sync", 1), ("sync", 2), ("displaced", 2)]
 
 
-def test_mini_shape_has_33_million_parameters() -> None:
-    assert sum(p.numel() for p in load("sdxl-mini", 8, 8).model.parameters()) == pytest.approx(33e6, rel=0.01)
+@pytest.mark.parametrize(
+    ("name", "millions", "output"),
+    [("sdxl-mini", 33, (1, 4, 8, 6)), ("flux-mini", 50, (1, 12, 64)), ("pixart-mini", 50, (1, 8, 8, 6))],
+)
+def test_mini_shapes_have_the_said_size_and_run(name: str, millions: float, output: tuple[int, ...]) -> None:
+    work = load(name, 16, 16).resized(8, 6)
+    assert sum(p.numel() for p in work.model.parameters()) == pytest.approx(1e6 * millions, rel=0.07)  # "about 50"
+    with torch.no_grad():
+        assert work.run(work.sample(0)).sample.shape == output
 
 
 def test_measures_every_case_and_counts_what_is_sent(tiny: str) -> None:

@@ -197,7 +197,34 @@ def _build_qwen(**changes: Any) -> Any:
     return diffusers.QwenImageTransformer2DModel(**{**settings, **changes})
 
 
+def _cogview3(batch: int, rows: int, cols: int) -> dict[str, Any]:
+    return {
+        "hidden_states": noise(batch, 4, 2 * rows, 2 * cols),
+        "encoder_hidden_states": noise(batch, TEXT, TEXT_DIM),
+        "timestep": torch.full((batch,), 321),
+        "original_size": 10 * noise(batch, 2).abs(),
+        "target_size": 10 * noise(batch, 2, seed=78).abs(),
+        "crop_coords": 10 * noise(batch, 2, seed=79).abs(),
+    }
+
+
 JOINT = {
+    "cogview3": Tiny(
+        lambda: diffusers.CogView3PlusTransformer2DModel(
+            patch_size=2,
+            in_channels=4,
+            out_channels=4,
+            num_layers=2,
+            attention_head_dim=8,
+            num_attention_heads=2,
+            text_embed_dim=TEXT_DIM,
+            time_embed_dim=12,
+            condition_dim=4,
+            pos_embed_max_size=16,
+            sample_size=16,
+        ),
+        _cogview3,
+    ),
     "sd3": Tiny(
         lambda: diffusers.SD3Transformer2DModel(
             sample_size=32,

@@ -130,6 +130,13 @@ JOINT = (
         grid=of_latent,
     ),
     Plan(
+        diffusers.CogView3PlusTransformer2DModel,
+        ("CogView3-Plus",),
+        entries={"patch_embed": Tokens()},
+        seams={"transformer_blocks.*.attn1": "last"},
+        grid=of_latent,
+    ),
+    Plan(
         diffusers.CogView4Transformer2DModel,
         ("CogView4",),
         entries={"patch_embed": _first(Tokens()), "rope": Tokens(0)},
