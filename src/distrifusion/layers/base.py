@@ -22,6 +22,7 @@ class Frame:
     dim: int  # the split dim of [B, C, H, W]: 2 rows, 3 cols
     levels: Levels
     exchange: Exchange
+    context_window: float | None = None  # see ParallelConfig: which keys a patch's queries see
 
     def split(self, level: int) -> Split:
         """Who owns which rows at ``level`` of the model."""

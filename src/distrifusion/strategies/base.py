@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Protocol
 
+from ..comm.residual import Wire
 from ..comm.slots import Slots
 from ..exchange import Exchange
 
@@ -14,7 +15,8 @@ class State:
     """One picture's progress in one guidance branch."""
 
     step: int = 0  # calls of the denoiser so far
-    slots: Slots | None = None
+    slots: Slots | None = None  # of strategies with late values
+    wire: Wire | None = None  # of synchronous values that travel as residuals
 
     def drain(self) -> None:
         """Wait for what is still under way."""

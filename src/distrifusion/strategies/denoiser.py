@@ -160,7 +160,8 @@ class ParallelDenoiser:
         num_patches = self._mesh.size("patch")
         levels = self._table.levels(sample.shape[2], sample.shape[3], num_patches, dim)
         exchange = self._strategy.policy(state)
-        frame = Frame(self._mesh.coordinate(self._comm.rank, "patch"), dim, levels, exchange)
+        patch, window = self._mesh.coordinate(self._comm.rank, "patch"), self._config.context_window
+        frame = Frame(patch, dim, levels, exchange, window)
         fed = [feeder.take_cost() for feeder in self._feeders]
         own_call = self._own_batch(call)
         if num_patches > 1:
@@ -220,7 +221,10 @@ class ParallelDenoiser:
                 self._layers[known] = layer
 
     def _new_report(self) -> Report:
-        return Report(self._config.strategy, str(self._mesh), self._config.split, notes=list(self._notes))
+        notes = [*self._config.extras, *self._notes]
+        if self._config.extras and self._mesh.size("patch") == 1:
+            notes.append("no patches, so no codec and no window")
+        return Report(self._config.strategy, str(self._mesh), self._config.split, notes=notes)
 
 
 @dataclass
