@@ -60,7 +60,10 @@ def test_every_choice_is_accepted(strategy: str, split: str, group_norm: str) ->
         ),
         ({"codec": ""}, r"codec='' must be one of"),
         ({"codec": 8}, r"codec=8 must be one of"),
-        ({"codec": {"moments": "int8"}}, r"codec=\{'moments': 'int8'\} must be .* a mapping of 'context', 'halo' to them"),
+        (
+            {"codec": {"moments": "int8"}},
+            r"codec=\{'moments': 'int8'\} must be .* a mapping of 'context', 'halo' to them",
+        ),
         ({"codec": {"halo": None}}, r"codec=\{'halo': None\} must be"),
         ({"codec": {"halo": ["int8"]}}, r"codec=\{'halo': \['int8'\]\} must be"),
         ({"codec": "halo="}, r"codec='halo=' must be"),

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
@@ -100,12 +100,23 @@ class ParallelConfig:
         return " ".join(facts + self.extras)
 
 
+def codec_choices(names: Sequence[str]) -> list[str | None]:
+    """What the command line calls ``none`` and the codecs, in their normal form, each once.
+
+    Raises:
+        ConfigError: a name that is neither.
+    """
+    return list(dict.fromkeys(None if name == "none" else _codec_text(name) for name in names))
+
+
 def _codec_text(codec: Any) -> str | None:
     """``codec`` in its one normal form: a name where all seams have the same, else ``seam=name,...``."""
     if codec is None:
         return None
     if isinstance(codec, str):
         named: Any = _codecs_of(codec)
+        if "=" in codec and len(named) != codec.count(",") + 1:
+            raise ConfigError(f"codec={codec!r} names a seam twice: give each one codec")
     elif isinstance(codec, Mapping):
         named = codec
     else:

@@ -17,6 +17,11 @@ def bench(
     strategy: Annotated[
         list[str] | None, typer.Option(help="May be given again. Default: sync, displaced, naive.")
     ] = None,
+    codec: Annotated[
+        list[str] | None,
+        typer.Option(help="Fewer bytes, see generate; none is one too; may be given again. Default: none."),
+    ] = None,
+    context_window: Annotated[float | None, typer.Option(help="See generate.")] = None,
     height: Annotated[int, typer.Option(help="Pixels.")] = 1024,
     width: Annotated[int, typer.Option(help="Pixels.")] = 1024,
     batch: Annotated[int, typer.Option(help="Latents per step; 2 is one picture with guidance.")] = 1,
@@ -31,17 +36,20 @@ def bench(
     from rich.progress import Progress
 
     from ..choices import check_device
-    from ..config import ParallelConfig
+    from ..config import ParallelConfig, codec_choices
     from .measure import Plan, cases_for, run
     from .workload import check_name
 
     worlds, strategies = world or [1, 2], strategy or ["sync", "displaced", "naive"]
-    configs = [ParallelConfig(strategy=name) for name in strategies]  # type: ignore[arg-type]
+    codecs = codec_choices(codec or ["none"])
+    for name in strategies:
+        ParallelConfig(strategy=name)  # type: ignore[arg-type]
+    ParallelConfig(context_window=context_window)
     check_name(model)
     check_device(device)
     check(worlds, rounds, steps, batch, height, width, dtype)
     threads = os.cpu_count() or 1 if device == "cpu" else 1
-    cases = cases_for([config.strategy for config in configs], sorted(set(worlds)), threads)
+    cases = cases_for(strategies, sorted(set(worlds)), threads, codecs, context_window)  # type: ignore[arg-type]
     plan = Plan(model, height // 8, width // 8, batch, cases, rounds, steps, dtype, device)
     console = Console(stderr=True)
     with Progress(console=console, transient=True, disable=only_json, refresh_per_second=1) as progress:

@@ -37,13 +37,30 @@ class Case:
     world: int = 1
     cfg: int = 1
     threads: int = 1
+    codec: str | None = None
+    context_window: float | None = None
 
     @property
     def name(self) -> str:
         """What the table calls it."""
         if self.strategy is None:
             return "bare model" if self.threads == 1 else f"bare model, {self.threads} threads"
-        return self.strategy + (" cfg 2" if self.cfg == 2 else "")
+        parts = [self.strategy, "cfg 2" if self.cfg == 2 else "", self.codec or ""]
+        parts += [f"window {self.context_window:g}"] if self.context_window is not None else []
+        return " ".join(filter(None, parts))
+
+    @property
+    def config(self) -> ParallelConfig:
+        """How a step is spread."""
+        assert self.strategy is not None, "the bare model spreads nothing"
+        # One warm-up step suffices to fill the slots; the first displaced step allocates them.
+        return ParallelConfig(
+            strategy=self.strategy,
+            cfg=self.cfg,
+            warmup_steps=0,
+            codec=self.codec,
+            context_window=self.context_window,
+        )
 
 
 @dataclass(frozen=True)
@@ -89,11 +106,27 @@ class Timing:
         return (high - low) / 2 / self.pace
 
 
-def cases_for(strategies: Sequence[StrategyName], worlds: Sequence[int], threads: int) -> tuple[Case, ...]:
-    """The bare model on one thread and on ``threads``, then every strategy on every world; one rank is one case."""
+def cases_for(
+    strategies: Sequence[StrategyName],
+    worlds: Sequence[int],
+    threads: int,
+    codecs: Sequence[str | None] = (None,),
+    context_window: float | None = None,
+) -> tuple[Case, ...]:
+    """The bare model on one thread and on ``threads``, then every strategy on every world with every codec.
+
+    One rank is one case, and so is ``"naive"``, which sends nothing that a codec could shorten.
+    """
     cases = [Case(None)] + ([Case(None, threads=threads)] if threads > 1 else [])
     for world in worlds:
-        cases += [Case(strategy, world) for strategy in (strategies if world > 1 else strategies[:1])]
+        if world == 1:
+            cases.append(Case(strategies[0]))
+            continue
+        for strategy in strategies:
+            if strategy == "naive":
+                cases.append(Case(strategy, world))
+                continue
+            cases += [Case(strategy, world, codec=codec, context_window=context_window) for codec in codecs]
     return tuple(cases)
 
 
@@ -117,8 +150,7 @@ def _run_case(plan: Plan, work: Workload, timing: Timing, comm: Comm) -> None:
     torch.set_num_threads(case.threads)
     try:
         if case.strategy is not None:
-            # One warm-up step suffices to fill the slots; the first displaced step allocates them.
-            parallelize(work.model, ParallelConfig(strategy=case.strategy, cfg=case.cfg, warmup_steps=0), comm)
+            parallelize(work.model, case.config, comm)
         with torch.no_grad():
             for step in range(2 + plan.steps):
                 sample = work.sample(step)
