@@ -15,6 +15,19 @@ def test_cases_put_the_bare_model_first_and_one_rank_once() -> None:
     assert names == [("bare model", 1), ("bare model, 4 threads", 1), ("sync", 1), ("sync", 2), ("displaced", 2)]
 
 
+def test_codecs_multiply_the_cases_that_send_something() -> None:
+    cases = cases_for(["sync", "naive"], [1, 2], 1, [None, "int8"], 0.5)
+    names = [(case.name, case.world) for case in cases]
+    assert names == [
+        ("bare model", 1),
+        ("sync", 1),
+        ("sync window 0.5", 2),
+        ("sync int8 window 0.5", 2),
+        ("naive", 2),
+    ]
+    assert (cases[3].config.codec, cases[3].config.context_window) == ("int8", 0.5)
+
+
 def test_mini_shape_has_33_million_parameters() -> None:
     assert sum(p.numel() for p in load("sdxl-mini", 8, 8).model.parameters()) == pytest.approx(33e6, rel=0.01)
 
@@ -54,6 +67,8 @@ def test_timing_is_the_median_and_the_quartiles() -> None:
             "model 'nope' is neither a folder with a unet nor one of the shapes sdxl, sdxl-mini, sd15",
         ),
         (["--strategy", "fast"], "strategy='fast' must be one of 'sync', 'displaced', 'naive'"),
+        (["--codec", "int3"], "codec='int3' must be one of 'fp16'"),
+        (["--context-window", "2"], "context_window=2.0 must be None or a number from 0 to 1"),
         (["--world", "0"], "--world 0 must be at least 1"),
         (["--height", "100"], "--height 100 must be a multiple of 8"),
         (["--dtype", "int8"], "--dtype 'int8' must be one of float32, bfloat16, float16"),

@@ -32,6 +32,7 @@ def run(
 ) -> list[tuple[list[Tensor], Report, list[Meter]]]:
     """Per rank the predictions of one picture, the report, and what was counted in each call."""
     arguments = conditioning(name, samples[0].shape[0])
+    build(name)  # the first one alone: ranks that draw weights at the same time get each other's
 
     def rank(comm: Comm) -> tuple[list[Tensor], Report, list[Meter]]:
         model = df.parallelize(build(name), settings, comm)
@@ -153,6 +154,7 @@ def test_two_pictures_in_a_row_are_what_each_is_alone(strategy: Any) -> None:
 def test_guidance_branches_have_bases_of_their_own(strategy: Any) -> None:
     """Two branches in turn give what each gives alone."""
     name, settings = "sd15", config(strategy=strategy, codec="int4")
+    build(name)
     samples, texts = walk(name, 3, 1, 16, 8), [conditioning(name, 1, seed=seed) for seed in (1, 2)]
 
     def rank(comm: Comm, texts: list[dict[str, Any]]) -> list[list[Tensor]]:
@@ -170,6 +172,8 @@ def test_guidance_branches_have_bases_of_their_own(strategy: Any) -> None:
 def test_other_dtypes(dtype: torch.dtype, strategy: Any) -> None:
     name = "sd15"
     sample, text = latents(name, 1, 16, 16).to(dtype), conditioning(name)["encoder_hidden_states"].to(dtype)
+
+    build(name)
 
     def rank(comm: Comm, settings: df.ParallelConfig) -> list[Tensor]:
         model = df.parallelize(build(name, dtype), settings, comm)
