@@ -221,11 +221,11 @@ def seams(name: str, sample: Tensor) -> list[tuple[nn.Module, Tensor]]:
 
 
 def coded(codec: str | None, shape: tuple[int, ...]) -> int:
-    """Bytes of a float32 tensor on the wire, by hand: 16 of header, two per row and column of scales, the bits."""
+    """Bytes of a float32 tensor on the wire, by hand: 16 of header, a factor per row and column, the bits."""
     if codec is None:
         return prod(shape) * 4
     rows, cols = min(((prod(shape[:i]), prod(shape[i:])) for i in range(1, len(shape))), key=sum)
-    scales = 2 * (rows + cols) if BITS[codec] < 16 else 0
+    scales = {16: 0, 8: 2 * (rows + cols), 4: 2 * (rows + cols)}.get(BITS[codec], 2 + rows + cols)
     return 16 + aligned(scales + -(-rows * cols * BITS[codec] // 8))
 
 

@@ -1,9 +1,9 @@
 """Codecs for the wire: a residual as fewer bytes. Pure tensor arithmetic: no ranks, no state.
 
 A residual is taken as a matrix ``[rows, cols]``, cut where rows + cols is least: tokens x channels for keys and values,
-channels x width for rows of a picture. Its scale is of rank 1, a factor per row times a factor per column, in bfloat16,
-which has float32's range. Codes of less than a byte lie in planes: byte i holds codes i, i + n, i + 2n ..., so that
-packing is a few operations on whole tensors.
+channels x width for rows of a picture. Its scale is of rank 1: a factor per row times a factor per column. Codes of
+less than a byte lie in planes: byte i holds codes i, i + n, i + 2n ..., so that packing is a few operations on whole
+tensors.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 TINY = 1e-30  # scales below are zero, so that no quotient overflows float32
-SCALE_BYTES = 2
+FLOAT8_ROOM = 2.0**15  # where the largest factor lies in float8_e5m2, whose largest number is 57344
 
 
 class Codec(Protocol):
@@ -71,23 +71,22 @@ class _Quantised:
 
     def num_bytes(self, shape: Sequence[int]) -> int:
         """See Codec."""
-        return SCALE_BYTES * sum(_matrix(shape)) + -(-prod(shape) * self.bits // 8) if prod(shape) else 0
+        return self._scale_bytes(*_matrix(shape)) + -(-prod(shape) * self.bits // 8) if prod(shape) else 0
 
     def encode(self, residual: Tensor) -> Tensor:
         """See Codec."""
         if not residual.numel():
             return residual.new_empty(0, dtype=torch.uint8)
-        rows, cols, codes = self._quantise(residual.reshape(_matrix(residual.shape)))
-        scales = torch.cat([rows, cols]).bfloat16()
-        return torch.cat([scales.view(torch.uint8), pack(codes.view(-1), self.bits)])
+        scales, codes = self._quantise(residual.reshape(_matrix(residual.shape)))
+        return torch.cat([scales, pack(codes.view(-1), self.bits)])
 
     def decode(self, payload: Tensor, shape: Sequence[int]) -> Tensor:
         """See Codec."""
         num_rows, num_cols = _matrix(shape)
         if not num_rows * num_cols:
             return torch.zeros(*shape, device=payload.device)
-        end = SCALE_BYTES * (num_rows + num_cols)
-        rows, cols = torch.split(payload[:end].view(torch.bfloat16).float(), [num_rows, num_cols])
+        end = self._scale_bytes(num_rows, num_cols)
+        rows, cols = self._scales(payload[:end], num_rows)
         values = unpack(payload[end:], self.bits, num_rows * num_cols).float().sub_(self._zero)
         # Two multiplications, not a fused one: devices of different makes then agree to the bit.
         return values.view(num_rows, num_cols).mul_(rows[:, None]).mul_(cols).view(*shape)
@@ -97,27 +96,44 @@ class _Quantised:
         """The code, if there were one, of 0."""
         raise NotImplementedError
 
-    def _quantise(self, matrix: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Factors of rows and of columns, float32, and codes as uint8."""
+    def _scale_bytes(self, num_rows: int, num_cols: int) -> int:
+        raise NotImplementedError
+
+    def _scales(self, packed: Tensor, num_rows: int) -> tuple[Tensor, Tensor]:
+        """Factors of rows and of columns, float32, in what `_quantise` made."""
+        raise NotImplementedError
+
+    def _quantise(self, matrix: Tensor) -> tuple[Tensor, Tensor]:
+        """Factors as ``[_scale_bytes]`` of uint8, and codes ``[rows, cols]`` as uint8."""
         raise NotImplementedError
 
 
 @dataclass(frozen=True)
 class Uniform(_Quantised):
-    """Levels at equal distances up to the largest value of row and column: an error of half a level at most."""
+    """Levels at equal distances up to the largest value of row and column: an error of half a level at most.
+
+    Factors are bfloat16, which has float32's range.
+    """
 
     @property
     def _zero(self) -> float:
         return float(1 << (self.bits - 1))
 
-    def _quantise(self, matrix: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def _scale_bytes(self, num_rows: int, num_cols: int) -> int:
+        return 2 * (num_rows + num_cols)
+
+    def _scales(self, packed: Tensor, num_rows: int) -> tuple[Tensor, Tensor]:
+        factors = packed.view(torch.bfloat16).float()
+        return factors[:num_rows], factors[num_rows:]
+
+    def _quantise(self, matrix: Tensor) -> tuple[Tensor, Tensor]:
         top = (1 << (self.bits - 1)) - 1
         cols = _roomy(matrix.abs().amax(0))
         levels = matrix * _inverse(cols)
         rows = _roomy(levels.abs().amax(1)) / top
         rows = rows.bfloat16().float()
         codes = levels.mul_(_inverse(rows)[:, None]).round_().clamp_(-top, top).add_(self._zero)
-        return rows, cols, codes.to(torch.uint8)
+        return torch.cat([rows, cols]).bfloat16().view(torch.uint8), codes.to(torch.uint8)
 
 
 @dataclass(frozen=True)
@@ -125,17 +141,27 @@ class Signs(_Quantised):
     """Levels on both sides of zero, spread by the mean magnitude of row and column (CompactFusion, arXiv 2507.17511).
 
     With so few levels the largest value says little. Each row's factor is then fitted to the row by least squares, so
-    that what is left is always smaller than what was there, whatever the values: error feedback converges.
+    that what is left is always smaller than what was there, whatever the values: error feedback converges. Factors
+    are float8 times one bfloat16 for all: with so few levels an eighth off costs nothing, and bytes of scale count.
     """
 
     @property
     def _zero(self) -> float:
         return (1 << (self.bits - 1)) - 0.5
 
-    def _quantise(self, matrix: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def _scale_bytes(self, num_rows: int, num_cols: int) -> int:
+        return 2 + num_rows + num_cols
+
+    def _scales(self, packed: Tensor, num_rows: int) -> tuple[Tensor, Tensor]:
+        factors = packed[2:].view(torch.float8_e5m2).float()
+        return factors[:num_rows] * packed[:2].view(torch.bfloat16).float(), factors[num_rows:]
+
+    def _quantise(self, matrix: Tensor) -> tuple[Tensor, Tensor]:
         size = matrix.abs()
         rows = _tidy(size.mean(1))
-        cols = _tidy(size.mean(0) / rows.mean().clamp(min=TINY))
+        mean = size.mean(0) / rows.mean().clamp(min=TINY)  # of each column, relative
+        packed_cols = mean.clamp_(max=FLOAT8_ROOM).to(torch.float8_e5m2)
+        cols = packed_cols.float()
         half = 1 << (self.bits - 1)
         if self.bits == 1:
             codes = (matrix >= 0).float()
@@ -144,7 +170,10 @@ class Signs(_Quantised):
             codes = codes.mul_(_inverse(cols)).floor_().clamp_(-half, half - 1).add_(half)
         pattern = (codes - self._zero).mul_(cols)
         fitted = torch.linalg.vecdot(matrix, pattern) / torch.linalg.vecdot(pattern, pattern).clamp(min=TINY)
-        return fitted, cols, codes.to(torch.uint8)
+        unit = _tidy(fitted.amax() / FLOAT8_ROOM)
+        packed_rows = (fitted * _inverse(unit)).to(torch.float8_e5m2)
+        factors = torch.cat([packed_rows.view(torch.uint8), packed_cols.view(torch.uint8)])
+        return torch.cat([unit.bfloat16().view(1).view(torch.uint8), factors]), codes.to(torch.uint8)
 
 
 def pack(codes: Tensor, bits: int) -> Tensor:
