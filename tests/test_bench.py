@@ -57,6 +57,19 @@ def test_mini_shapes_have_the_said_size_and_run(name: str, millions: float, outp
         assert work.run(work.sample(0)).sample.shape == output
 
 
+def test_codecs_multiply_the_cases_that_send_something() -> None:
+    cases = cases_for(["sync", "naive"], [1, 2], 1, [None, "int8"], 0.5)
+    names = [(case.name, case.world) for case in cases]
+    assert names == [
+        ("bare model", 1),
+        ("sync", 1),
+        ("sync window 0.5", 2),
+        ("sync int8 window 0.5", 2),
+        ("naive", 2),
+    ]
+    assert (cases[3].config.codec, cases[3].config.context_window) == ("int8", 0.5)
+
+
 def test_measures_every_case_and_counts_what_is_sent(tiny: str) -> None:
     plan = Plan(tiny, ((128, 128),), 1, cases_for(["sync", "displaced", "naive"], [1, 2, 3], 1), rounds=2, steps=2)
     found = found_of(plan)
@@ -163,6 +176,8 @@ def test_sizes() -> None:
             "model 'nope' is neither a folder with a unet nor one of the shapes sdxl, sdxl-mini, sd15",
         ),
         (["--strategy", "fast"], "strategy='fast' must be one of 'sync', 'displaced', 'naive'"),
+        (["--codec", "int3"], "codec='int3' must be one of 'fp16'"),
+        (["--context-window", "2"], "context_window=2.0 must be None or a number from 0 to 1"),
         (["--world", "0"], "--world 0 must be at least 1"),
         (["--height", "100"], "--height 100 must be a multiple of 8"),
         (["--size", "512", "--size", "512x100"], "--width 100 must be a multiple of 8"),

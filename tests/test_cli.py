@@ -57,16 +57,18 @@ def test_commands_and_flags() -> None:
     }
     assert flags == {
         "bench": [
-            *("--batch", "--device", "--dtype", "--height", "--json", "--model", "--plot", "--rounds", "--size"),
-            *("--steps", "--strategy", "--trace", "--width", "--world"),
+            *("--batch", "--codec", "--context-window", "--device", "--dtype", "--height", "--json", "--model"),
+            *("--plot", "--rounds", "--size", "--steps", "--strategy", "--trace", "--width", "--world"),
         ],
         "generate": [
-            *("--cfg", "--device", "--dtype", "--group-norm", "--guidance-scale", "--height", "--json", "--model"),
+            *("--cfg", "--codec", "--context-window", "--device", "--dtype", "--group-norm", "--guidance-scale"),
+            *("--height", "--json", "--model"),
             *("--negative-prompt", "--nproc", "--output", "--patch", "--seed", "--split", "--steps", "--strategy"),
             *("--warmup-steps", "--width", "-o", "prompt"),
         ],
         "compare": [
-            *("--add", "--batch", "--cfg", "--device", "--dtype", "--folders", "--force", "--group-norm"),
+            *("--add", "--batch", "--cfg", "--codec", "--context-window", "--device", "--dtype", "--folders"),
+            *("--force", "--group-norm"),
             *("--guidance-scale", "--height", "--jobs", "--json", "--limit", "--model", "--output", "--prompt"),
             *("--prompts", "--seed", "--show", "--split", "--steps", "--strategy", "--warmup-steps", "--width"),
             *("--world", "-o"),

@@ -26,6 +26,29 @@ def test_settings_multiply_the_cases_of_the_strategy_that_has_them_only() -> Non
     assert all(case.warmup_steps is None and case.group_norm is None for case in cases if case.strategy != "displaced")
 
 
+def test_codecs_and_windows_multiply_what_sends_something() -> None:
+    cases = cases_for(
+        ["sync", "displaced", "naive"],
+        [2],
+        [25],
+        [4],
+        ["corrected"],
+        codecs=[None, "int8", "1bit"],
+        context_windows=[None, 0.3],
+    )
+    count = {name: sum(case.strategy == name for case in cases) for name in ("sync", "displaced", "naive")}
+    assert count == {"sync": 6, "displaced": 6, "naive": 1}
+    assert len({case.name for case in cases}) == len(cases)
+    case = next(case for case in cases if (case.strategy, case.codec, case.context_window) == ("sync", "1bit", 0.3))
+    assert case.name == "sync-2-ranks-25-steps-1bit-window-0.3"
+    assert case.title == "sync on 2, 1bit, window 0.3"
+    assert (case.config.codec, case.config.context_window) == ("1bit", 0.3)
+    assert case_of(as_facts(case)) == case
+    # As it was written before there were codecs.
+    older = {name: value for name, value in as_facts(cases[0]).items() if name not in ("codec", "context_window")}
+    assert case_of(older) == cases[0]
+
+
 def test_what_is_asked_for_twice_is_done_once() -> None:
     assert len(cases_for(["sync", "sync"], [2, 2], [25, 25], [4], ["corrected"])) == 1
 
@@ -48,6 +71,8 @@ def test_a_case_says_all_of_itself_and_comes_back_from_json() -> None:
         ({"group_norms": ["odd"]}, "group_norm='odd'"),
         ({"strategies": ["sync"], "group_norms": ["odd"]}, "group_norm='odd'"),  # though sync has no such setting
         ({"split": "diagonal"}, "split='diagonal'"),
+        ({"strategies": ["naive"], "codecs": ["int3"]}, "codec='int3'"),
+        ({"strategies": ["naive"], "context_windows": [2.0]}, "context_window=2.0"),
     ],
 )
 def test_a_value_that_cannot_be_is_named(changes: dict[str, object], said: str) -> None:

@@ -15,6 +15,8 @@ def test_the_defaults_are_the_papers() -> None:
         "split": "rows",
         "warmup_steps": 4,
         "group_norm": "corrected",
+        "codec": None,
+        "context_window": None,
     }
 
 
@@ -51,6 +53,28 @@ def test_every_choice_is_accepted(strategy: str, split: str, group_norm: str) ->
         ({"warmup_steps": -1}, r"warmup_steps=-1 must be a whole number of at least 0"),
         ({"warmup_steps": 1.5}, r"warmup_steps=1\.5 must be a whole number"),
         ({"warmup_steps": None}, r"warmup_steps=None must be a whole number"),
+        (
+            {"codec": "int3"},
+            r"codec='int3' must be one of 'fp16', 'bf16', 'int8', 'int4', 'int2', '1bit', or a mapping of 'context', "
+            r"'halo' to them",
+        ),
+        ({"codec": ""}, r"codec='' must be one of"),
+        ({"codec": 8}, r"codec=8 must be one of"),
+        (
+            {"codec": {"moments": "int8"}},
+            r"codec=\{'moments': 'int8'\} must be .* a mapping of 'context', 'halo' to them",
+        ),
+        ({"codec": {"halo": None}}, r"codec=\{'halo': None\} must be"),
+        ({"codec": {"halo": ["int8"]}}, r"codec=\{'halo': \['int8'\]\} must be"),
+        ({"codec": "halo="}, r"codec='halo=' must be"),
+        ({"codec": "halo=int8,int4"}, r"codec='halo=int8,int4' must be"),
+        ({"codec": "int8", "strategy": "naive"}, r"codec='int8' does nothing under strategy='naive'.*leave it out"),
+        ({"context_window": 0.5, "strategy": "naive"}, r"context_window=0\.5 does nothing under strategy='naive'"),
+        ({"context_window": 1.5}, r"context_window=1\.5 must be None or a number from 0 to 1"),
+        ({"context_window": -0.1}, r"context_window=-0\.1 must be None or a number from 0 to 1"),
+        ({"context_window": float("nan")}, r"context_window=nan must be"),
+        ({"context_window": True}, r"context_window=True must be"),
+        ({"context_window": "0.5"}, r"context_window='0\.5' must be"),
     ],
 )
 def test_a_bad_value_is_named_with_what_would_be_right(values: dict[str, object], message: str) -> None:
@@ -77,3 +101,29 @@ def test_arguments_are_keywords_and_frozen() -> None:
 def test_errors_are_of_one_family_and_of_the_builtin_kind() -> None:
     assert issubclass(ConfigError, DistrifusionError)
     assert issubclass(ConfigError, ValueError)
+
+
+@pytest.mark.parametrize(
+    ("codec", "text", "codecs"),
+    [
+        (None, None, {}),
+        ({}, None, {}),
+        ("int8", "int8", {"context": "int8", "halo": "int8"}),
+        ({"context": "1bit", "halo": "1bit"}, "1bit", {"context": "1bit", "halo": "1bit"}),
+        ({"halo": "fp16", "context": "int4"}, "context=int4,halo=fp16", {"context": "int4", "halo": "fp16"}),
+        ("halo=fp16, context=int4", "context=int4,halo=fp16", {"context": "int4", "halo": "fp16"}),
+        ({"context": "int2"}, "context=int2", {"context": "int2"}),
+        ("context=int2", "context=int2", {"context": "int2"}),
+    ],
+)
+def test_a_codec_has_one_form_however_it_is_given(codec: object, text: str | None, codecs: dict[str, str]) -> None:
+    config = ParallelConfig(codec=codec)
+    assert (config.codec, config.codecs) == (text, codecs)
+    assert ParallelConfig(codec=config.codec) == config
+    assert hash(config) == hash(ParallelConfig(codec=text))
+    assert str(config).endswith(f" codec={text}" if text else "group_norm=corrected")
+
+
+def test_the_window_is_said_where_it_is_set() -> None:
+    assert str(ParallelConfig(context_window=0)).endswith("group_norm=corrected context_window=0")
+    assert str(ParallelConfig(codec="int8", context_window=0.3)).endswith(" codec=int8 context_window=0.3")

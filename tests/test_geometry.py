@@ -5,7 +5,7 @@ import itertools
 import pytest
 
 from distrifusion.errors import ConfigError
-from distrifusion.geometry import Levels, Nearest, Span, Split, Window, halo
+from distrifusion.geometry import Levels, Nearby, Nearest, Span, Split, Window, halo
 
 WINDOWS = [
     Window(3, 1, (1, 1)),
@@ -99,3 +99,33 @@ def test_levels_follow_the_downsamplers() -> None:
 def test_spans_intersect() -> None:
     assert Span(2, 9) & Span(5, 12) == Span(5, 9)
     assert len(Span(2, 4) & Span(7, 9)) == 0
+
+
+@pytest.mark.parametrize(
+    ("bounds", "share", "reads"),
+    [
+        ((0, 4, 8, 12), 0.5, [(0, 6), (2, 10), (6, 12)]),
+        ((0, 3, 7, 9), 0.5, [(0, 5), (1, 8), (5, 9)]),  # halves of 3, 4 and 2 rows, rounded up
+        ((0, 3, 7, 9), 0.0, [(0, 3), (3, 7), (7, 9)]),
+        ((0, 3, 7, 9), 1.0, [(0, 7), (0, 9), (3, 9)]),
+        ((0, 10, 20, 30), 0.3, [(0, 13), (7, 23), (17, 30)]),  # 0.3 * 10 is not 4, though floats say 3.0000000000000004
+        ((0, 0, 4, 4, 8, 8), 0.25, [None, (0, 5), None, (3, 8), None]),  # patches without rows are passed over
+    ],
+)
+def test_a_window_of_context_is_the_nearer_part_of_each_neighbour(
+    bounds: tuple[int, ...], share: float, reads: list[tuple[int, int] | None]
+) -> None:
+    split = Split(bounds)
+    plans = [halo(split, split, Nearby(split, share), patch) for patch in range(split.num_patches)]
+    for patch, (plan, wanted) in enumerate(zip(plans, reads, strict=True)):
+        own = split.span(patch)
+        if wanted is None:
+            assert not plan.recvs
+            assert not plan.sends
+            continue
+        assert (own.start - plan.before, own.stop + plan.after) == wanted
+        assert plan.zeros == (0, 0)
+        assert plan.own == Span(0, len(own))
+        for peer, count in plan.recvs:
+            (rows,) = [rows for receiver, rows in plans[peer].sends if receiver == patch]
+            assert len(rows) == count

@@ -143,3 +143,31 @@ def test_more_ranks_than_rows_are_refused(name: str) -> None:
         df.ConfigError, match=r"3 rows of tokens cannot be split over 4 ranks: the largest world .* is 3"
     ):
         on_ranks(name, 4, df.ParallelConfig(strategy="sync"), MODELS[name].arguments(1, 3, 8))
+
+
+def test_a_window_is_refused() -> None:
+    def rank(comm: Any) -> None:
+        config = df.ParallelConfig(context_window=0.5)
+        with pytest.raises(df.UnsupportedModel, match=r"context_window=0\.5 is known for U-Nets only, not for SD3T"):
+            df.parallelize(build(MODELS["sd3"]), config, comm)
+
+    df.run_ranks(2, rank)
+
+
+@pytest.mark.parametrize("strategy", ["sync", "displaced"])
+@pytest.mark.parametrize("name", ["sd3", "flux", "pixart"])
+def test_a_codec_sends_fewer_bytes_and_stays_near(name: str, strategy: Any) -> None:
+    arguments = MODELS[name].arguments(2, ROWS, COLS)
+    truth = one_device(name, arguments)
+
+    def rank(comm: Any, codec: str | None) -> tuple[Tensor, int]:
+        config = df.ParallelConfig(strategy=strategy, warmup_steps=0, codec=codec)
+        model = df.parallelize(build(MODELS[name]), config, comm)
+        results = [first(model(**arguments)) for _ in range(4)]
+        return results[-1], df.report(model).bytes[-1]
+
+    plain = df.run_ranks(3, lambda comm: rank(comm, None))
+    coded = df.run_ranks(3, lambda comm: rank(comm, "int8"))
+    for (_, num_bytes), (result, fewer) in zip(plain, coded, strict=True):
+        assert fewer < 0.75 * num_bytes  # the prediction itself travels uncoded, and rows are narrow here
+        assert distance(result, truth) < 1e-3

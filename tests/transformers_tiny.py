@@ -34,7 +34,7 @@ def noise(*shape: int, seed: int = 77) -> Tensor:
     return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
 
 
-_LOCK = threading.Lock()
+_LOCK = threading.RLock()  # a build may ask for another
 
 
 @lru_cache

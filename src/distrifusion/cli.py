@@ -67,6 +67,13 @@ def generate(
     warmup_steps: Annotated[
         int, typer.Option(help="Synchronous steps after the first, for displaced.")
     ] = _DEFAULT.warmup_steps,
+    codec: Annotated[
+        str | None,
+        typer.Option(help="Fewer bytes: fp16, bf16, int8, int4, int2 or 1bit, or context=int8,halo=fp16. Approximate."),
+    ] = None,
+    context_window: Annotated[
+        float | None, typer.Option(help="Attend to this share (0 to 1) of each neighbouring patch only. Approximate.")
+    ] = None,
     height: Annotated[int | None, typer.Option(help="Pixels; without it, the model's own.")] = None,
     width: Annotated[int | None, typer.Option(help="Pixels; without it, the model's own.")] = None,
     steps: Annotated[int, typer.Option(help="Denoising steps.")] = 30,
@@ -93,6 +100,8 @@ def generate(
         split=split,  # type: ignore[arg-type]
         group_norm=group_norm,  # type: ignore[arg-type]
         warmup_steps=warmup_steps,
+        codec=codec,
+        context_window=context_window,
     )
     from . import commands
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
@@ -13,6 +15,12 @@ GroupNormMode = Literal["corrected", "carried", "stale", "separate", "sync"]
 
 BUILT: tuple[StrategyName, ...] = ("sync", "displaced", "naive")
 """Strategies that this release runs; the other names are reserved and refused with a line that says so."""
+
+CODECS = ("fp16", "bf16", "int8", "int4", "int2", "1bit")
+"""Codecs for what travels between ranks, see docs/codecs.md."""
+
+CODED_SEAMS = ("context", "halo")
+"""Seams whose values may be coded. Moments never are: few bytes, and statistics of float32."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -29,6 +37,13 @@ class ParallelConfig:
         group_norm: statistics under ``displaced``: ``"corrected"`` (the paper's: all old, moved by the own change),
             ``"carried"`` (the peers' patches taken to have changed much as the own one; nearer to one device),
             ``"stale"`` (peers' old, own fresh), ``"separate"`` (own only) or ``"sync"`` (exact, waits).
+        codec: fewer bytes for what travels inside the denoiser, at some cost in quality, ``sync`` included: one of
+            ``"fp16"``, ``"bf16"``, ``"int8"``, ``"int4"``, ``"int2"``, ``"1bit"`` for all seams, or a mapping such as
+            ``{"context": "int8", "halo": "fp16"}`` (as text: ``"context=int8,halo=fp16"``, which is how it is kept);
+            seams that it leaves out stay as they are. None: none. See docs/codecs.md.
+        context_window: None lets every patch attend to the whole picture. A number from 0 to 1 is the share of each
+            neighbouring patch, its nearer rows, that a patch attends to beside itself (PCPP, arXiv 2412.02962);
+            keys and values then go to neighbours only. Approximate, under ``sync`` too.
 
     Raises:
         ConfigError: a value that is not one of these, printed with what would be right.
@@ -40,13 +55,13 @@ class ParallelConfig:
     split: SplitDim = "rows"
     warmup_steps: int = 4
     group_norm: GroupNormMode = "corrected"
+    codec: str | Mapping[str, str] | None = None
+    context_window: float | None = None
 
     def __post_init__(self) -> None:
         _one_of("strategy", self.strategy, get_args(StrategyName))
         if self.strategy not in BUILT:
-            raise ConfigError(
-                f"strategy={self.strategy!r} is not built yet; choose one of {', '.join(map(repr, BUILT))}"
-            )
+            raise ConfigError(f"strategy={self.strategy!r} is not built yet; choose one of {_quoted(BUILT)}")
         _one_of("split", self.split, get_args(SplitDim))
         _one_of("group_norm", self.group_norm, get_args(GroupNormMode))
         _whole("cfg", self.cfg, 1)
@@ -55,17 +70,89 @@ class ParallelConfig:
         if self.patch is not None:
             _whole("patch", self.patch, 1)
         _whole("warmup_steps", self.warmup_steps, 0)
+        # As text it is hashable, and the same however it was given.
+        object.__setattr__(self, "codec", _codec_text(self.codec))
+        _share("context_window", self.context_window)
+        for name in ("codec", "context_window"):
+            if self.strategy == "naive" and getattr(self, name) is not None:
+                raise ConfigError(
+                    f"{name}={getattr(self, name)!r} does nothing under strategy='naive', which exchanges nothing "
+                    "inside the denoiser; leave it out"
+                )
+
+    @property
+    def codecs(self) -> dict[str, str]:
+        """The codec of each seam that has one."""
+        assert self.codec is None or isinstance(self.codec, str)
+        return _codecs_of(self.codec) if self.codec is not None else {}
+
+    @property
+    def extras(self) -> list[str]:
+        """What was asked for beyond the strategy, as ``name=value``."""
+        names = ("codec", "context_window")
+        return [f"{name}={getattr(self, name)}" for name in names if getattr(self, name) is not None]
 
     def __str__(self) -> str:
-        return (
+        facts = [
             f"strategy={self.strategy} cfg={self.cfg} patch={self.patch or 'all'} split={self.split} "
             f"warmup_steps={self.warmup_steps} group_norm={self.group_norm}"
-        )
+        ]
+        return " ".join(facts + self.extras)
+
+
+def codec_choices(names: Sequence[str]) -> list[str | None]:
+    """What the command line calls ``none`` and the codecs, in their normal form, each once.
+
+    Raises:
+        ConfigError: a name that is neither.
+    """
+    return list(dict.fromkeys(None if name == "none" else _codec_text(name) for name in names))
+
+
+def _codec_text(codec: Any) -> str | None:
+    """``codec`` in its one normal form: a name where all seams have the same, else ``seam=name,...``."""
+    if codec is None:
+        return None
+    if isinstance(codec, str):
+        named: Any = _codecs_of(codec)
+        if "=" in codec and len(named) != codec.count(",") + 1:
+            raise ConfigError(f"codec={codec!r} names a seam twice: give each one codec")
+    elif isinstance(codec, Mapping):
+        named = codec
+    else:
+        raise ConfigError(f"codec={codec!r} must be one of {_quoted(CODECS)}, or a mapping of seams to them")
+    for seam, name in named.items():
+        if seam not in CODED_SEAMS or name not in CODECS:
+            raise ConfigError(
+                f"codec={codec!r} must be one of {_quoted(CODECS)}, or a mapping of {_quoted(CODED_SEAMS)} to them"
+            )
+    found = [f"{seam}={named[seam]}" for seam in CODED_SEAMS if seam in named]
+    names = set(named.values())
+    return (names.pop() if len(names) == 1 and len(found) == len(CODED_SEAMS) else ",".join(found)) or None
+
+
+def _codecs_of(text: str) -> dict[str, str]:
+    """Seam -> name from either form of the text, unchecked."""
+    if "=" not in text:
+        return dict.fromkeys(CODED_SEAMS, text)
+    parts = [part.partition("=") for part in text.split(",")]
+    return {seam.strip(): name.strip() for seam, _, name in parts}
+
+
+def _quoted(names: tuple[str, ...]) -> str:
+    return ", ".join(map(repr, names))
+
+
+def _share(name: str, value: Any) -> None:
+    if value is None:
+        return
+    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value <= 1 or math.isnan(value):
+        raise ConfigError(f"{name}={value!r} must be None or a number from 0 to 1")
 
 
 def _one_of(name: str, value: Any, allowed: tuple[str, ...]) -> None:
     if value not in allowed:
-        raise ConfigError(f"{name}={value!r} must be one of {', '.join(map(repr, allowed))}")
+        raise ConfigError(f"{name}={value!r} must be one of {_quoted(allowed)}")
 
 
 def _whole(name: str, value: Any, least: int) -> None:

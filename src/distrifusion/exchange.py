@@ -8,22 +8,20 @@ talk to.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
 from math import prod
-from typing import Any, Generic, Protocol, TypeVar
+from typing import Protocol
 
 import torch
 from torch import Tensor
 
 from .comm import Comm, Pending
 from .comm.base import Done
+from .comm.residual import Arriving, Wire
 from .comm.slots import Slots
 from .config import GroupNormMode
 from .geometry import Halo
 from .moments import carry, combine, correct
-
-T = TypeVar("T")
 
 
 class Exchange(Protocol):
@@ -36,16 +34,19 @@ class Exchange(Protocol):
         """Start a step."""
         ...
 
-    def neighbours(self, key: str, patch: Tensor, plan: Halo, dim: int) -> Pending[dict[int, Tensor]]:
+    def neighbours(
+        self, key: str, patch: Tensor, plan: Halo, dim: int, kind: str = "halo"
+    ) -> Pending[Mapping[int, Tensor]]:
         """Rows of the peers: peer -> ``[..., rows, ...]`` for each of ``plan.recvs``.
 
         ``patch`` is the own patch; ``plan.sends`` of its ``dim`` go to the peers. Called on every rank where any rows
-        travel. The result may be used until the next verb.
+        travel. ``kind`` is the seam's, ``"context"`` for keys and values of neighbours alone. The result may be used
+        until the next verb.
         """
         ...
 
     def gather(
-        self, key: str, own: Sequence[Tensor], sizes: Sequence[int], dim: int
+        self, key: str, own: Sequence[Tensor], sizes: Sequence[int], dim: int, kind: str = "context"
     ) -> Pending[list[Sequence[Tensor]]]:
         """Everyone's parts, in order of rank; the own ones are always fresh.
 
@@ -78,65 +79,61 @@ class _Named:
         return key if self._uses[key] == 1 else f"{key}#{self._uses[key]}"
 
 
-@dataclass
-class _Arriving(Generic[T]):
-    """What a launch will bring, once ``finish`` has turned it into what the layer asked for."""
-
-    travel: Pending[Any]
-    finish: Callable[[Any], T]
-
-    def wait(self) -> T:
-        return self.finish(self.travel.wait())
-
-
 class Fresh(_Named):
     """Everything of this step: exact. With ``slots``, what arrives is kept for a displaced step to start from.
 
-    ``keeps_moments`` is False where that displaced step will not ask the slots for moments.
+    ``keeps_moments`` is False where that displaced step will not ask the slots for moments. ``wire`` says how values
+    travel, and remembers from step to step what its codecs ask for; with one, peers' values are exact the first time
+    only.
     """
 
     kind = "sync"
     sees_latents = True
 
-    def __init__(self, comm: Comm, slots: Slots | None = None, *, keeps_moments: bool = True) -> None:
+    def __init__(
+        self, comm: Comm, slots: Slots | None = None, *, keeps_moments: bool = True, wire: Wire | None = None
+    ) -> None:
         super().__init__()
         self._comm = comm
         self._slots = slots
         self._keeps_moments = keeps_moments
+        self._wire = wire if wire is not None else Wire(comm)
 
-    def neighbours(self, key: str, patch: Tensor, plan: Halo, dim: int) -> Pending[dict[int, Tensor]]:
+    def neighbours(
+        self, key: str, patch: Tensor, plan: Halo, dim: int, kind: str = "halo"
+    ) -> Pending[Mapping[int, Tensor]]:
         """See Exchange."""
+        name = self._name(key)
         sends = {peer: words.contiguous() for peer, words in _outgoing(patch, plan, dim).items()}
         recvs = {peer: _rows_like(patch, dim, count) for peer, count in plan.recvs}
-        travel = self._comm.swap(sends, recvs, kind="halo")
+        travel = self._wire.swap(name, sends, recvs, kind=kind)
         if self._slots is not None:
             weight = plan.total_recvs * prod(_resized(patch.shape, dim, 1)) * patch.element_size()
-            self._slots.keep(self._name(key), sends, recvs, links=plan.links, weight=weight)
-        return _Arriving(travel, lambda _: recvs)
+            self._slots.keep(name, sends, recvs, links=plan.links, weight=weight, kind=kind)
+        return travel
 
     def gather(
-        self, key: str, own: Sequence[Tensor], sizes: Sequence[int], dim: int
+        self, key: str, own: Sequence[Tensor], sizes: Sequence[int], dim: int, kind: str = "context"
     ) -> Pending[list[Sequence[Tensor]]]:
         """See Exchange."""
         name, widths = self._name(key), [part.shape[-1] for part in own]
         packed = torch.cat(list(own), dim=-1) if len(own) > 1 else own[0].contiguous()
-        row = prod(_resized(packed.shape, dim, 1))
-        travel = self._comm.all_gather(packed.view(-1), [size * row for size in sizes], kind="context")
+        shapes = [_resized(packed.shape, dim, size) for size in sizes]
+        travel = self._wire.all_gather(name, packed, shapes, kind=kind)
 
-        def shaped(flat: list[Tensor]) -> list[Sequence[Tensor]]:
-            parts = [part.view(_resized(packed.shape, dim, size)) for part, size in zip(flat, sizes, strict=True)]
+        def shaped(parts: list[Tensor]) -> list[Sequence[Tensor]]:
             if self._slots is not None:
-                self._slots.keep_shared(name, packed, parts)
+                self._slots.keep_shared(name, packed, parts, kind=kind)
             return [torch.split(part, widths, -1) for part in parts]
 
-        return _Arriving(travel, shaped)
+        return Arriving(travel, shaped)
 
     def moments(self, key: str, own: Tensor) -> Tensor:
         """See Exchange."""
         parts = self._comm.all_gather(own, [own.numel()] * self._comm.world, kind="moments").wait()
         if self._slots is not None and self._keeps_moments:
             name = self._name(key)
-            self._slots.keep_shared(name, own, parts)
+            self._slots.keep_shared(name, own, parts, kind="moments")
             self._slots.own[name] = own
         return combine(parts)
 
@@ -168,22 +165,24 @@ class Stale(_Named):
         # A seam that the synchronous steps did not pass has no words of the step before: it is exchanged at once.
         self._fresh = Fresh(comm)
 
-    def neighbours(self, key: str, patch: Tensor, plan: Halo, dim: int) -> Pending[dict[int, Tensor]]:
+    def neighbours(
+        self, key: str, patch: Tensor, plan: Halo, dim: int, kind: str = "halo"
+    ) -> Pending[Mapping[int, Tensor]]:
         """See Exchange."""
         name = self._name(key)
         if name not in self._slots:
-            return self._fresh.neighbours(key, patch, plan, dim)
+            return self._fresh.neighbours(key, patch, plan, dim, kind)
         before = self._slots.read(name)
         self._slots.post(name, _outgoing(patch, plan, dim))
         return Done(before)
 
     def gather(
-        self, key: str, own: Sequence[Tensor], sizes: Sequence[int], dim: int
+        self, key: str, own: Sequence[Tensor], sizes: Sequence[int], dim: int, kind: str = "context"
     ) -> Pending[list[Sequence[Tensor]]]:
         """See Exchange."""
         name = self._name(key)
         if name not in self._slots:
-            return self._fresh.gather(key, own, sizes, dim)
+            return self._fresh.gather(key, own, sizes, dim, kind)
         widths = [part.shape[-1] for part in own]
         before = {peer: torch.split(words, widths, -1) for peer, words in self._slots.read(name).items()}
         self._slots.post_shared(name, *own)
@@ -223,12 +222,16 @@ class Absent(_Named):
         super().__init__()
         self._rank = rank
 
-    def neighbours(self, key: str, patch: Tensor, plan: Halo, dim: int) -> Pending[dict[int, Tensor]]:
+    def neighbours(
+        self, key: str, patch: Tensor, plan: Halo, dim: int, kind: str = "halo"
+    ) -> Pending[Mapping[int, Tensor]]:
         """See Exchange."""
+        if kind == "context":  # no keys at all, as in `gather`: zeros would take attention
+            return Done({})
         return Done({peer: _rows_like(patch, dim, count).zero_() for peer, count in plan.recvs})
 
     def gather(
-        self, key: str, own: Sequence[Tensor], sizes: Sequence[int], dim: int
+        self, key: str, own: Sequence[Tensor], sizes: Sequence[int], dim: int, kind: str = "context"
     ) -> Pending[list[Sequence[Tensor]]]:
         """See Exchange. The peers' parts are empty."""
         nothing = [part.narrow(dim, 0, 0) for part in own]

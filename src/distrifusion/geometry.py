@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from itertools import pairwise
+from math import ceil
 from typing import Protocol
 
 from .errors import ConfigError
@@ -149,6 +150,28 @@ class Nearest:
     def reads(self, out: Span) -> Span:
         """See Reader."""
         return Span(self.source(out.start), self.source(out.stop - 1) + 1)
+
+
+@dataclass(frozen=True)
+class Nearby:
+    """Attention to a patch and the nearer ``share`` (0 to 1) of the patch on each side of it.
+
+    Patches without rows are passed over: the next that has some is the neighbour.
+    """
+
+    split: Split
+    share: float
+
+    def reads(self, out: Span) -> Span:
+        """See Reader. ``out`` is one of the patches."""
+        patches = [span for span in map(self.split.span, range(self.split.num_patches)) if len(span)]
+        place = patches.index(out)
+        before, after = patches[max(place - 1, 0) : place], patches[place + 1 : place + 2]
+        return Span(out.start - self._rows(before), out.stop + self._rows(after))
+
+    def _rows(self, neighbour: Sequence[Span]) -> int:
+        # Rounded up, but not by the last bit of a product that should be whole.
+        return ceil(round(self.share * sum(map(len, neighbour)), 6))
 
 
 @dataclass(frozen=True)

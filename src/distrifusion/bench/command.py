@@ -28,6 +28,11 @@ def bench(
     strategy: Annotated[
         list[str] | None, typer.Option(help="May be given again. Default: sync, displaced, naive.")
     ] = None,
+    codec: Annotated[
+        list[str] | None,
+        typer.Option(help="Fewer bytes, see generate; none is one too; may be given again. Default: none."),
+    ] = None,
+    context_window: Annotated[float | None, typer.Option(help="See generate.")] = None,
     size: Annotated[
         list[str] | None, typer.Option(help="Pixels as HEIGHTxWIDTH, or one number for both; may be given again.")
     ] = None,
@@ -50,7 +55,21 @@ def bench(
     Alone, the command starts its ranks itself; under torchrun it joins the given ones, and rank 0 prints and writes.
     """
     order = Order(
-        model, world or [], strategy or [], size or [], height, width, batch, rounds, steps, dtype, device, plot, trace
+        model,
+        world or [],
+        strategy or [],
+        codec or [],
+        context_window,
+        size or [],
+        height,
+        width,
+        batch,
+        rounds,
+        steps,
+        dtype,
+        device,
+        plot,
+        trace,
     )
     found = _joined(order, only_json) if "RANK" in os.environ else _alone(order, only_json)
     if found is not None:
@@ -64,6 +83,8 @@ class Order:
     model: str
     worlds: list[int]
     strategies: list[str]
+    codecs: list[str]
+    context_window: float | None
     sizes: list[str]
     height: int | None
     width: int | None
@@ -82,19 +103,22 @@ class Order:
             ConfigError: a value that cannot be measured; names it and what would be right.
         """
         from ..choices import check_device
-        from ..config import ParallelConfig
+        from ..config import ParallelConfig, codec_choices
         from .plan import Plan, cases_for, num_threads, parse_sizes
         from .workload import check_name
 
         names = self.strategies or ["sync", "displaced", "naive"]
         strategies = [ParallelConfig(strategy=name).strategy for name in names]  # type: ignore[arg-type]
+        codecs = codec_choices(self.codecs or ["none"])
+        ParallelConfig(context_window=self.context_window)
         check_name(self.model)
         check_device(self.device)
+        worlds = sorted(set(self.worlds or default_worlds))
         return Plan(
             model=self.model,
             sizes=parse_sizes(self.sizes, self.height, self.width),
             batch=self.batch,
-            cases=cases_for(strategies, sorted(set(self.worlds or default_worlds)), num_threads(self.device)),
+            cases=cases_for(strategies, worlds, num_threads(self.device), codecs, self.context_window),
             rounds=self.rounds,
             steps=self.steps,
             dtype=self.dtype,

@@ -17,7 +17,6 @@ from typing import Any
 import torch
 
 from ..comm import Comm
-from ..config import ParallelConfig
 from ..pipeline import parallelize, report, restore
 from .memory import PeakMemory
 from .plan import LATENT, Case, Plan
@@ -141,7 +140,7 @@ def _spread(work: Workload, case: Case, comm: Comm) -> Iterator[None]:
     torch.set_num_threads(case.threads)
     try:
         if case.strategy is not None:
-            parallelize(work.model, ParallelConfig(strategy=case.strategy, cfg=case.cfg, warmup_steps=0), comm)
+            parallelize(work.model, case.config, comm)
         with torch.no_grad():
             yield
     finally:

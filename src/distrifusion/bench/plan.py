@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from ..config import StrategyName
+from ..config import ParallelConfig, StrategyName
 from ..errors import ConfigError
 from ..geometry import Split
 
@@ -23,13 +23,30 @@ class Case:
     world: int = 1
     cfg: int = 1
     threads: int = 1
+    codec: str | None = None
+    context_window: float | None = None
 
     @property
     def name(self) -> str:
         """What the table calls it."""
         if self.strategy is None:
             return "bare model" if self.threads == 1 else f"bare model, {self.threads} threads"
-        return self.strategy + (" cfg 2" if self.cfg == 2 else "")
+        parts = [self.strategy, "cfg 2" if self.cfg == 2 else "", self.codec or ""]
+        parts += [f"window {self.context_window:g}"] if self.context_window is not None else []
+        return " ".join(filter(None, parts))
+
+    @property
+    def config(self) -> ParallelConfig:
+        """How a step is spread."""
+        assert self.strategy is not None, "the bare model spreads nothing"
+        # No warm-up beyond the first step, which fills the slots; the first displaced step allocates its messages.
+        return ParallelConfig(
+            strategy=self.strategy,
+            cfg=self.cfg,
+            warmup_steps=0,
+            codec=self.codec,
+            context_window=self.context_window,
+        )
 
 
 @dataclass(frozen=True)
@@ -82,11 +99,27 @@ class Plan:
         return cls(**{**raw, "cases": cases, "sizes": sizes})
 
 
-def cases_for(strategies: Sequence[StrategyName], worlds: Sequence[int], threads: int) -> tuple[Case, ...]:
-    """The bare model on one thread and on ``threads``, then every strategy on every world; one rank is one case."""
+def cases_for(
+    strategies: Sequence[StrategyName],
+    worlds: Sequence[int],
+    threads: int,
+    codecs: Sequence[str | None] = (None,),
+    context_window: float | None = None,
+) -> tuple[Case, ...]:
+    """The bare model on one thread and on ``threads``, then every strategy on every world with every codec.
+
+    One rank is one case, and so is ``"naive"``, which sends nothing that a codec could shorten.
+    """
     cases = [Case(None)] + ([Case(None, threads=threads)] if threads > 1 else [])
     for world in worlds:
-        cases += [Case(strategy, world) for strategy in (strategies if world > 1 else strategies[:1])]
+        if world == 1:
+            cases.append(Case(strategies[0]))
+            continue
+        for strategy in strategies:
+            if strategy == "naive":
+                cases.append(Case(strategy, world))
+                continue
+            cases += [Case(strategy, world, codec=codec, context_window=context_window) for codec in codecs]
     return tuple(cases)
 
 

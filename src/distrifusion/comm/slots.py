@@ -15,70 +15,74 @@ cut alike.
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import accumulate
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from .codec import Codec
+from .packing import Packing, Place, Spec
 from .protocol import EVERYONE, Comm
+from .residual import Receiver, Sender, frame_bytes
 from .route import Layout
 
 MAX_MESSAGES = 8  # per rank and displaced step, the gathered output included
 MAX_CHUNKS = 4  # more would only add messages: with 4, each has at least three quarters of a step to arrive
-ALIGN = 16  # bytes: views of any dtype into one byte buffer stay aligned
-
-
-class _Spec(NamedTuple):
-    shape: torch.Size
-    dtype: torch.dtype
-
-    @property
-    def num_bytes(self) -> int:
-        return self.shape.numel() * self.dtype.itemsize
-
-
-class _Place(NamedTuple):
-    """Where a tensor lies in the bytes of a message."""
-
-    lane: int  # receiver (EVERYONE for what all get), or sender
-    offset: int
-    spec: _Spec
-
-    def view(self, messages: Mapping[int, Tensor]) -> Tensor:
-        room = messages[self.lane][self.offset : self.offset + self.spec.num_bytes]
-        return room.view(self.spec.dtype).view(self.spec.shape)
-
-
-class _Packing:
-    """Gives tensors fixed places in messages."""
-
-    def __init__(self) -> None:
-        self.sizes: dict[int, int] = {}  # bytes of each message
-
-    def place(self, lane: int, spec: _Spec) -> _Place:
-        offset = self.sizes.get(lane, 0)
-        self.sizes[lane] = offset + -(-spec.num_bytes // ALIGN) * ALIGN
-        return _Place(lane, offset, spec)
-
-    @property
-    def filled(self) -> dict[int, int]:
-        """Bytes of the messages that have any."""
-        return {lane: size for lane, size in self.sizes.items() if size}
 
 
 @dataclass
 class _Entry:
-    """One name: what peers said under it, and the layout of what is said to them."""
+    """One name: what peers said under it, and what was said to them."""
 
+    key: str
     received: dict[int, Tensor]  # peer -> its words of the step before
-    outgoing: dict[int, _Spec]  # peer, or EVERYONE alone
+    outgoing: dict[int, Spec]  # peer, or EVERYONE alone
+    codec: Codec | None
     links: frozenset[tuple[int, int]]  # every (sender, receiver) of the name over all ranks; empty: all to all
     weight: int  # bytes that travel under the name between all ranks, the same number on each
     chunk: int = -1
     posts: dict[int, int] = field(default_factory=dict)  # receiver -> index of the view in the chunk's outbox
+    said: dict[int, Tensor] = field(default_factory=dict)  # with a codec: own words of the last synchronous step
+    senders: dict[int, Sender] = field(default_factory=dict)
+    receivers: dict[int, Receiver] = field(default_factory=dict)
+    frames: dict[int, Tensor] = field(default_factory=dict)  # peer -> what has come and was not yet decoded
+
+    def on_wire(self, spec: Spec) -> Spec:
+        """As it travels."""
+        if self.codec is None:
+            return spec
+        return Spec(torch.Size([frame_bytes(self.codec, spec.shape)]), torch.uint8)
+
+    def seal(self) -> None:
+        """From now on only changes travel, where there is a codec; the words of the last step are the first bases."""
+        if self.codec is not None:
+            self.senders = {lane: Sender(self.codec, self.key, words) for lane, words in self.said.items()}
+            self.said.clear()
+            for peer, words in self.received.items():
+                self.receivers[peer] = Receiver(self.codec, self.key, words, peer)
+                self.received[peer] = self.receivers[peer].base
+
+    def write(self, lane: int, words: Sequence[Tensor], room: Tensor) -> None:
+        """Put this step's words, side by side along their last dim, into their room."""
+        if self.senders:
+            self.senders[lane].write(torch.cat(list(words), -1) if len(words) > 1 else words[0], room)
+        elif len(words) == 1:
+            room.copy_(words[0])
+        else:
+            for part, own in zip(torch.split(room, [own.shape[-1] for own in words], -1), words, strict=True):
+                part.copy_(own)
+
+    def arrived(self, peer: int, words: Tensor) -> None:
+        """Take what the chunk has brought."""
+        (self.frames if self.receivers else self.received)[peer] = words
+
+    def decode(self) -> None:
+        """Add what has come since the last time to the bases."""
+        for peer, frame in self.frames.items():
+            self.receivers[peer].read(frame)
+        self.frames.clear()
 
 
 class _Chunk:
@@ -88,17 +92,18 @@ class _Chunk:
         self.num_posted = 0
         self._num_entries = len(entries)
         self._is_under_way = False
-        packings = sends, direct, shared = _Packing(), _Packing(), _Packing()
-        self._posts: list[_Place] = []
-        self._arrivals: list[tuple[_Entry, _Place, bool]] = []  # whether it was said to all
+        packings = sends, direct, shared = Packing(), Packing(), Packing()
+        self._posts: list[Place] = []
+        self._arrivals: list[tuple[_Entry, Place, bool]] = []  # whether it was said to all
         for entry in entries:
+            to_all = EVERYONE in entry.outgoing
             for lane, spec in entry.outgoing.items():
                 entry.posts[lane] = len(self._posts)
-                self._posts.append(sends.place(lane, spec))
+                self._posts.append(sends.place(lane, entry.on_wire(spec)))
             for peer, words in entry.received.items():
-                to_all = EVERYONE in entry.outgoing
-                place = packings[1 + to_all].place(peer, _Spec(words.shape, words.dtype))
+                place = packings[1 + to_all].place(peer, entry.on_wire(Spec(words.shape, words.dtype)))
                 self._arrivals.append((entry, place, to_all))
+            entry.seal()
         to_everyone = sends.sizes.pop(EVERYONE, 0)
         sizes = {**shared.sizes, comm.rank: to_everyone}
         layout = Layout(sends.filled, direct.filled, [sizes.get(rank, 0) for rank in range(comm.world)])
@@ -133,22 +138,22 @@ class _Chunk:
             direct, shared = (defaultdict(lambda: self._nothing, part) for part in (box.direct, box.shared))
             box.views = [place.view(shared if to_all else direct) for _, place, to_all in self._arrivals]
         for (entry, place, _), words in zip(self._arrivals, box.views, strict=True):
-            entry.received[place.lane] = words
+            entry.arrived(place.lane, words)
 
 
 class Slots:
-    """The received words of one picture (and guidance branch) by name, and the chunks that carry them. See above."""
+    """The received words of one picture (and guidance branch) by name, and the chunks that carry them. See above.
 
-    def __init__(self, comm: Comm) -> None:
+    Names of a kind in ``codecs`` travel as frames (see residual.py) from the first displaced step on.
+    """
+
+    def __init__(self, comm: Comm, codecs: Mapping[str, Codec] | None = None) -> None:
         self._comm = comm
+        self._codecs = codecs or {}
         self._entries: dict[str, _Entry] = {}
         self._chunks: list[_Chunk] = []
         self._due: _Chunk | None = None
         self.own: dict[str, Tensor] = {}  # own words of the step before, where the policy asks for them
-
-    def emptied(self) -> Slots:
-        """New ones, over the same ranks."""
-        return Slots(self._comm)
 
     def __contains__(self, key: str) -> bool:
         return key in self._entries
@@ -166,6 +171,7 @@ class Slots:
         *,
         links: frozenset[tuple[int, int]],
         weight: int,
+        kind: str = "",
     ) -> None:
         """Store what a synchronous step received under ``key`` from each peer, and what it sent to each.
 
@@ -173,18 +179,25 @@ class Slots:
         the same order, those too that have nothing to say under a name.
         """
         assert not self._chunks, "names are learned before the first displaced step"
-        specs = {peer: _Spec(words.shape, words.dtype) for peer, words in outgoing.items()}
-        self._entries[key] = _Entry(dict(received), specs, links, weight)
+        specs = {lane: Spec(words.shape, words.dtype) for lane, words in outgoing.items()}
+        codec = self._codecs.get(kind)
+        if codec is None:
+            self._entries[key] = _Entry(key, dict(received), specs, None, links, weight)
+            return
+        weight = weight * codec.num_bytes((1024, 1024)) >> 22  # of what float32 would be; other sizes are alike
+        # The model may go on in the memory of its own words, and the base must be what the peers have.
+        said = {lane: words.clone() for lane, words in outgoing.items()}
+        self._entries[key] = _Entry(key, dict(received), specs, codec, links, weight, said=said)
 
-    def keep_shared(self, key: str, own: Tensor, parts: list[Tensor]) -> None:
+    def keep_shared(self, key: str, own: Tensor, parts: list[Tensor], kind: str = "") -> None:
         """Store what everyone said to everyone under ``key``: ``parts[rank]``, own part included."""
         comm = self._comm
         received = {peer: part for peer, part in enumerate(parts) if peer != comm.rank}
         weight = sum(part.numel() * part.element_size() for part in parts) * (comm.world - 1)
         if comm.world == 2:
-            self.keep(key, {1 - comm.rank: own}, received, links=frozenset({(0, 1), (1, 0)}), weight=weight)
+            self.keep(key, {1 - comm.rank: own}, received, links=frozenset({(0, 1), (1, 0)}), weight=weight, kind=kind)
         else:
-            self.keep(key, {EVERYONE: own}, received, links=frozenset(), weight=weight)
+            self.keep(key, {EVERYONE: own}, received, links=frozenset(), weight=weight, kind=kind)
 
     def read(self, key: str) -> dict[int, Tensor]:
         """Peer -> its words under ``key`` in the step before.
@@ -197,6 +210,7 @@ class Slots:
             self._seal()
         entry = self._entries[key]
         self._chunks[entry.chunk].arrive()
+        entry.decode()
         return entry.received
 
     def post(self, key: str, outgoing: Mapping[int, Tensor]) -> None:
@@ -204,16 +218,15 @@ class Slots:
         entry = self._entries[key]
         chunk = self._chunks[entry.chunk]
         for peer, words in outgoing.items():
-            chunk.post(entry.posts[peer]).copy_(words)
+            entry.write(peer, [words], chunk.post(entry.posts[peer]))
         self._posted(chunk)
 
     def post_shared(self, key: str, *words: Tensor) -> None:
         """Write this step's words for everyone under ``key``: tensors to stand side by side along their last dim."""
         entry = self._entries[key]
         chunk = self._chunks[entry.chunk]
-        room = chunk.post(entry.posts[1 - self._comm.rank if self._comm.world == 2 else EVERYONE])
-        for part, own in zip(torch.split(room, [own.shape[-1] for own in words], -1), words, strict=True):
-            part.copy_(own)
+        lane = 1 - self._comm.rank if self._comm.world == 2 else EVERYONE
+        entry.write(lane, words, chunk.post(entry.posts[lane]))
         self._posted(chunk)
 
     def _posted(self, chunk: _Chunk) -> None:

@@ -42,6 +42,13 @@ def compare(
             help="Of displaced: corrected, carried, stale, separate, sync; may be given again. Default: corrected."
         ),
     ] = None,
+    codec: Annotated[
+        list[str] | None,
+        typer.Option(help="Of sync and displaced, see generate; none is one too; may be given again. Default: none."),
+    ] = None,
+    context_window: Annotated[
+        list[float] | None, typer.Option(help="Of sync and displaced, see generate; may be given again.")
+    ] = None,
     split: Annotated[str, typer.Option(help="rows or cols of the picture.")] = "rows",
     cfg: Annotated[int, typer.Option(help="2: the branches of guidance on separate ranks.")] = 1,
     height: Annotated[int | None, typer.Option(help="Pixels; without it, the model's own.")] = None,
@@ -72,6 +79,7 @@ def compare(
     """
     from ..checkpoint import find
     from ..choices import check_device, dtype_name
+    from ..config import codec_choices
     from .output import Output
     from .plan import Plan, cases_for, default_guidance, read_prompts
     from .summary import table
@@ -90,6 +98,8 @@ def compare(
             group_norm or ["corrected"],
             split,
             cfg,
+            codec_choices(codec or ["none"]),
+            context_window or [None],
         )
         texts = read_prompts(prompts, prompt, model is None, limit)
         if jobs is not None and jobs < 1:

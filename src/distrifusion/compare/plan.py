@@ -12,7 +12,7 @@ from typing import Any
 
 from ..checkpoint import Checkpoint
 from ..choices import check_size
-from ..config import BUILT, GroupNormMode, ParallelConfig, SplitDim, StrategyName
+from ..config import BUILT, CODECS, GroupNormMode, ParallelConfig, SplitDim, StrategyName
 from ..errors import ConfigError
 from ..mesh import Mesh
 
@@ -25,7 +25,8 @@ _SAMPLE = 1 << 20  # bytes at each end of a file that its fingerprint reads
 class Case:
     """One way to paint all prompts. ``strategy`` None is one device, which the others are measured against.
 
-    ``warmup_steps`` and ``group_norm`` are None where the strategy has no such setting.
+    ``warmup_steps`` and ``group_norm`` are None where the strategy has no such setting, ``codec`` and
+    ``context_window`` also where they were not asked for.
     """
 
     strategy: StrategyName | None
@@ -35,6 +36,8 @@ class Case:
     group_norm: GroupNormMode | None = None
     split: SplitDim = "rows"
     cfg: int = 1
+    codec: str | None = None
+    context_window: float | None = None
 
     @property
     def name(self) -> str:
@@ -44,6 +47,8 @@ class Case:
         parts = [self.strategy, f"{self.world}-ranks", f"{self.steps}-steps"]
         parts += [f"warmup-{self.warmup_steps}"] if self.warmup_steps is not None else []
         parts += [self.group_norm] if self.group_norm is not None else []
+        parts += [self.codec.replace("=", "-").replace(",", "-")] if self.codec is not None else []
+        parts += [f"window-{self.context_window:g}"] if self.context_window is not None else []
         parts += ["cols"] if self.split == "cols" else []
         return "-".join(parts + (["cfg-2"] if self.cfg == 2 else []))
 
@@ -55,6 +60,8 @@ class Case:
         parts = [f"{self.strategy} on {self.world}"]
         parts += [f"warm-up {self.warmup_steps}"] if self.warmup_steps is not None else []
         parts += [f"{self.group_norm} norm"] if self.group_norm is not None else []
+        parts += [self.codec.replace(",", " ")] if self.codec is not None else []
+        parts += [f"window {self.context_window:g}"] if self.context_window is not None else []
         parts += ["cols"] if self.split == "cols" else []
         return ", ".join(parts + (["cfg 2"] if self.cfg == 2 else []))
 
@@ -66,7 +73,8 @@ class Case:
             ConfigError: a value that cannot be.
         """
         assert self.strategy is not None, "one device spreads nothing"
-        given = {"warmup_steps": self.warmup_steps, "group_norm": self.group_norm}
+        names = ("warmup_steps", "group_norm", "codec", "context_window")
+        given = {name: getattr(self, name) for name in names}
         chosen: dict[str, Any] = {name: value for name, value in given.items() if value is not None}
         return ParallelConfig(strategy=self.strategy, cfg=self.cfg, split=self.split, **chosen)
 
@@ -79,7 +87,10 @@ class Case:
     def order(self) -> tuple[Any, ...]:
         """Place in tables: like beside like."""
         place = BUILT.index(self.strategy) if self.strategy in BUILT else -1
-        return self.steps, place, self.world, self.warmup_steps or 0, self.group_norm or "", self.split, self.cfg
+        codec = sorted(map(CODECS.index, self.config.codecs.values())) if self.strategy is not None else []
+        window = 2.0 if self.context_window is None else self.context_window
+        first = (self.steps, place, self.world, self.warmup_steps or 0, self.group_norm or "")
+        return *first, codec, self.codec or "", -window, self.split, self.cfg
 
 
 def cases_for(
@@ -90,6 +101,8 @@ def cases_for(
     group_norms: Iterable[str],
     split: str = "rows",
     cfg: int = 1,
+    codecs: Iterable[str | None] = (None,),
+    context_windows: Iterable[float | None] = (None,),
 ) -> tuple[Case, ...]:
     """The product of all settings, each case once; what a strategy has no setting for does not multiply its cases.
 
@@ -97,13 +110,16 @@ def cases_for(
         ConfigError: a value that is not one of those that are.
     """
     found: dict[Case, None] = {}
-    for count, strategy, world, warmup, norm in product(steps, strategies, worlds, warmup_steps, group_norms):
+    settings = product(steps, strategies, worlds, warmup_steps, group_norms, codecs, context_windows)
+    for count, strategy, world, warmup, norm, codec, window in settings:
         for name, value in (("steps", count), ("world", world)):
             if value < 1:
                 raise ConfigError(f"{name}={value} must be a whole number of at least 1")
         # Also what this strategy will not use: a typing error is one whatever it stands beside.
         ParallelConfig(strategy=strategy, cfg=cfg, split=split, warmup_steps=warmup, group_norm=norm)  # type: ignore[arg-type]
+        ParallelConfig(codec=codec, context_window=window)
         extra: dict[str, Any] = {"warmup_steps": warmup, "group_norm": norm} if strategy == "displaced" else {}
+        extra |= {"codec": codec, "context_window": window} if strategy != "naive" else {}
         found[Case(strategy, count, world, split=split, cfg=cfg, **extra)] = None  # type: ignore[arg-type]
     return tuple(sorted(found, key=lambda case: case.order))
 
@@ -162,7 +178,7 @@ def as_facts(case: Case) -> dict[str, Any]:
 
 def case_of(facts: dict[str, Any]) -> Case:
     """The case that `as_facts` wrote (other entries of ``facts`` are left alone)."""
-    return Case(**{name: facts[name] for name in Case.__dataclass_fields__})
+    return Case(**{name: facts[name] for name in Case.__dataclass_fields__ if name in facts})
 
 
 def read_prompts(

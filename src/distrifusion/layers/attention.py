@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import UnsupportedModel
+from ..geometry import Nearby, halo
 from .base import Frame, FrameHolder, Layer
 
 MaskToTokens = Callable[[Tensor, int, int, int], Tensor]
@@ -65,9 +66,28 @@ class PatchAttention(Layer):
         return output
 
     def gather(self, frame: Frame, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-        """Keys and values ``[B, all tokens, C]`` from the own ones ``[B, tokens, C]``, as one message."""
+        """Keys and values ``[B, all tokens, C]`` from the own ones ``[B, tokens, C]``, as one message.
+
+        With a context window: own tokens, and those of the neighbours that lie in it.
+        """
+        if frame.context_window is not None:
+            return self._nearby(frame, frame.context_window, k, v)
         parts = frame.exchange.gather(self.key, (k, v), frame.num_tokens(self.level), 1).wait()
         return torch.cat([part[0] for part in parts], dim=1), torch.cat([part[1] for part in parts], dim=1)
+
+    def _nearby(self, frame: Frame, share: float, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        split, width = frame.split(self.level), k.shape[-1]
+        plan = halo(split, split, Nearby(split, share), frame.patch)
+        if not plan.links:
+            return k, v
+        sides = frame.sides(self.level, len(split.span(frame.patch)))
+        grid = torch.cat([k, v], dim=-1).view(k.shape[0], *sides, 2 * width)  # [B, H, W, C + C] of the own patch
+        received = frame.exchange.neighbours(self.key, grid, plan, frame.dim - 1, kind="context").wait()
+        tokens = [rows.flatten(1, 2) for rows in received.values()]
+        return (
+            torch.cat([k, *(part[..., :width] for part in tokens)], dim=1),
+            torch.cat([v, *(part[..., width:] for part in tokens)], dim=1),
+        )
 
     def _without_tokens(self, frame: Frame, x: Tensor, to_image: bool) -> Tensor:
         """A rank whose patch has no rows at this level still takes part in what its peers gather."""

@@ -36,6 +36,7 @@ class Frame:
     num_frames: int = 1  # of a video; they share the split
     num_guests: int = 0  # tokens of further pictures, which stand right after the picture's own and are never cut
     ragged: Ragged | None = None  # set by the entry of a model whose samples have texts of several lengths
+    context_window: float | None = None  # see ParallelConfig: which keys a patch's queries see
 
     def split(self, level: int) -> Split:
         """Who owns which rows at ``level`` of the model."""

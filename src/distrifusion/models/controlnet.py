@@ -30,6 +30,7 @@ class ControlNetTable:
     """``ControlNetModel``, alone or in a ``MultiControlNetModel``."""
 
     gathers = False
+    has_window = True
 
     def __init__(self, model: Any) -> None:
         self.model = model
@@ -103,7 +104,9 @@ class ControlNetTable:
         ]
         own = torch.cat(sums, dim=1)[None]  # [1, B, all channels]
         num_patches = frame.levels.splits[0].num_patches
-        parts = [part for (part,) in frame.exchange.gather("controlnet_pool", [own], [1] * num_patches, 0).wait()]
+        # Statistics of the whole picture, as moments are: never coded.
+        gathered = frame.exchange.gather("controlnet_pool", [own], [1] * num_patches, 0, kind="moments").wait()
+        parts = [part for (part,) in gathered]
         total = torch.cat(parts).sum(0)
         present = [rank for rank, part in enumerate(parts) if len(part)]
         pooled = []

@@ -57,6 +57,9 @@ class Table(Protocol):
     gathers: bool
     """Whether the output is gathered: a prediction is, what only another parallel model reads stays in patches."""
 
+    has_window: bool
+    """Whether its attentions can be kept to a part of the neighbours (``context_window``)."""
+
     def size(self, call: Call) -> tuple[int, int]:
         """Height and width of the call's picture, in latent rows."""
         ...

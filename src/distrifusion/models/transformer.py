@@ -100,6 +100,7 @@ class TransformerTable:
     """See Table. ``plan`` knows the class of ``model``."""
 
     gathers = True
+    has_window = False
 
     def __init__(self, model: Any, plan: Plan) -> None:
         self.model = model

@@ -29,6 +29,7 @@ class UNetTable:
     """``UNet2DConditionModel`` and ``UNet2DModel``."""
 
     gathers = True
+    has_window = True
 
     def __init__(self, model: Any) -> None:
         self.model = model

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any, Protocol
 
+from ..comm.residual import Wire
 from ..comm.slots import Slots
 from ..exchange import Exchange
 
@@ -14,17 +15,17 @@ class State:
     """One picture's progress in one guidance branch."""
 
     step: int = 0  # calls of the denoiser so far
-    slots: Slots | None = None
+    slots: Slots | None = None  # of strategies with late values
+    wire: Wire | None = None  # of synchronous values that travel as residuals
     is_checked: bool = False  # whether the ranks have compared what they were given
     is_halved: bool = False  # whether only one half of the ranks makes its steps
     last: Any = None  # what a call gave, for shapes and class
 
-    def restart(self) -> None:
-        """Begin anew, in the same picture."""
+    def restart(self, fresh: State) -> None:
+        """Begin anew, as ``fresh``, in the same picture."""
         self.drain()
         self.step, self.is_halved = 0, False
-        if self.slots is not None:
-            self.slots = self.slots.emptied()
+        self.slots, self.wire = fresh.slots, fresh.wire
 
     def drain(self) -> None:
         """Wait for what is still under way."""

@@ -44,7 +44,7 @@ class ParallelDenoiser:
 
     Raises:
         ConfigError: the world does not fit the configuration.
-        UnsupportedModel: a module that is not known.
+        UnsupportedModel: a module that is not known, or an option that the model cannot have.
     """
 
     def __init__(
@@ -58,6 +58,10 @@ class ParallelDenoiser:
         feeders: Sequence[ParallelDenoiser] = (),
         notes: Sequence[str] = (),
     ) -> None:
+        if config.context_window is not None and not table.has_window:
+            raise UnsupportedModel(
+                f"context_window={config.context_window} is known for U-Nets only, not for {type(table.model).__name__}"
+            )
         self._table = table
         self._config = config
         self._comm = comm
@@ -72,7 +76,8 @@ class ParallelDenoiser:
         self._pictures = Pictures(self._strategy, timesteps)
         has_halves = self._mesh.size("cfg") > 1 and not self._feeders
         branch = self._guidance.branch if has_halves else None
-        self._pairs = Pairs(branch, self._run, self._deliver, self._pictures.place, self._guarded)
+        start = self._strategy.start
+        self._pairs = Pairs(branch, self._run, self._deliver, start, self._pictures.place, self._guarded)
         self._kind = "sync"  # how fresh the last call was
         self.report = self._new_report()
         self._inner: Callable[..., Any] = table.model.forward
@@ -181,8 +186,9 @@ class ParallelDenoiser:
         num_patches = self._mesh.size("patch")
         levels = self._table.levels(*self._table.size(call), num_patches, dim)
         exchange = self._strategy.policy(state)
-        patch = self._mesh.coordinate(self._comm.rank, "patch")
-        frame = Frame(patch, dim, levels, exchange, self._table.num_frames(call), self._table.num_guests(call))
+        patch, window = self._mesh.coordinate(self._comm.rank, "patch"), self._config.context_window
+        num_frames, num_guests = self._table.num_frames(call), self._table.num_guests(call)
+        frame = Frame(patch, dim, levels, exchange, num_frames, num_guests, context_window=window)
         fed = [feeder.take_cost() for feeder in self._feeders]
         own_call = self._own_batch(call)
         if num_patches > 1:
@@ -243,7 +249,10 @@ class ParallelDenoiser:
                 self._layers[known] = layer
 
     def _new_report(self) -> Report:
-        return Report(self._config.strategy, str(self._mesh), self._config.split, notes=list(self._notes))
+        notes = [*self._config.extras, *self._notes]
+        if self._config.extras and self._mesh.size("patch") == 1:
+            notes.append("no patches, so no codec and no window")
+        return Report(self._config.strategy, str(self._mesh), self._config.split, notes=notes)
 
 
 @dataclass

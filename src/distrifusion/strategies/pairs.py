@@ -43,6 +43,7 @@ class Pairs:
             halves, and every call is answered at once.
         run: computes a call on the ranks of this half.
         deliver: (what ran on this rank, call, see `Guidance.gather`) -> predictions as the model returns them.
+        start: a new state.
         place: which branch of its picture a state is, and how many there are.
         alone: wraps work that is done outside of the model's call.
     """
@@ -52,11 +53,12 @@ class Pairs:
         branch: int | None,
         run: Callable[[Call, State], Ran],
         deliver: Callable[[Ran, Call, Halves], Any],
+        start: Callable[[], State],
         place: Callable[[State], tuple[int, int]],
         alone: Callable[[Callable[[], Tensor]], Tensor],
     ) -> None:
         self._branch = branch
-        self._run, self._deliver, self._place, self._alone = run, deliver, place, alone
+        self._run, self._deliver, self._start, self._place, self._alone = run, deliver, start, place, alone
         self._first: tuple[_First, Later] | None = None
 
     def call(self, call: Call, state: State) -> Any:
@@ -83,7 +85,7 @@ class Pairs:
 
     def _now(self, call: Call, state: State) -> Any:
         if state.is_halved:  # the words of the step before are with one half only
-            state.restart()
+            state.restart(self._start())
         ran = self._run(call, state)
         result = _with(ran.result, self._deliver(ran, call, None))
         state.last = replace(ran, result=result)

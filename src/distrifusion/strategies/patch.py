@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from ..comm import Comm
+from ..comm.codec import codecs_for
+from ..comm.residual import Wire
 from ..comm.slots import Slots
 from ..config import ParallelConfig
 from ..exchange import Exchange, Fresh, Stale, uses_old_moments
@@ -10,27 +12,32 @@ from .base import State
 
 
 class Sync:
-    """Every value of this step: equal to one device. Waits at every seam."""
+    """Every value of this step: equal to one device. Waits at every seam.
+
+    With a codec, values travel whole in a picture's first step, and as residuals from then on: near, not equal.
+    """
 
     name = "sync"
 
     def __init__(self, config: ParallelConfig, comm: Comm) -> None:
-        self._fresh = Fresh(comm)
+        self._comm = comm
+        self._codecs = codecs_for(config.codecs)
 
     def start(self) -> State:
         """See Strategy."""
-        return State()
+        return State(wire=Wire(self._comm, self._codecs))
 
     def policy(self, state: State) -> Exchange:
         """See Strategy."""
-        return self._fresh
+        return Fresh(self._comm, wire=state.wire)
 
 
 class Displaced:
     """Displaced patch parallelism (DistriFusion, arXiv 2402.19481): peers' values of the step before, sent in the
     background.
 
-    The first step and ``warmup_steps`` more are synchronous, since early steps change most.
+    The first step and ``warmup_steps`` more are synchronous, since early steps change most. With a codec, they send
+    whole values, which the residuals of the displaced steps then build on.
     """
 
     name = "displaced"
@@ -38,10 +45,11 @@ class Displaced:
     def __init__(self, config: ParallelConfig, comm: Comm) -> None:
         self._config = config
         self._comm = comm
+        self._codecs = codecs_for(config.codecs)
 
     def start(self) -> State:
         """See Strategy."""
-        return State(slots=Slots(self._comm))
+        return State(slots=Slots(self._comm, self._codecs))
 
     def policy(self, state: State) -> Exchange:
         """See Strategy."""
