@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import threading
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import lru_cache
@@ -169,6 +170,9 @@ SHAPES: dict[str, Shape] = {
 }
 
 
+_LOCK = threading.Lock()
+
+
 @lru_cache(maxsize=32)
 def _prototype(name: str) -> nn.Module:
     shape = SHAPES[name]
@@ -185,8 +189,10 @@ def _prototype(name: str) -> nn.Module:
 
 def build(name: str, dtype: torch.dtype = torch.float32) -> Any:
     """A model of its own, with the same weights each time."""
+    with _LOCK:  # ranks are threads, which share the generator that weights are drawn from
+        model = copy.deepcopy(_prototype(name))
     # nn.Module's own `to`: that of diffusers logs a note about modules to keep in float32, of which there are none.
-    return nn.Module.to(copy.deepcopy(_prototype(name)), dtype)
+    return nn.Module.to(model, dtype)
 
 
 def latents(name: str, batch: int = 1, height: int = 16, width: int = 16, seed: int = 0) -> Tensor:
