@@ -1,11 +1,13 @@
 # Two commands, each with all of its set-up; quick where that is done already.
 #   make demo    three pictures from prompts, painted by two processes on the CPU, offline: out/demo-1.png ...
 #   make test    lint, types, import rules and the test suite
+# WORKERS is the number of processes that share the tests.
 # PYTHON names the interpreter that makes the environment (3.10 or newer): make test PYTHON=python3.12
 
 PYTHON ?= python3
 VENV ?= .venv
 TORCH ?= torch==2.13.0
+WORKERS ?= 2
 PROMPTS ?= "a red canyon at golden hour" "green hills at golden hour, hot air balloon" "snowy mountains at night, aurora"
 
 BIN := $(VENV)/bin
@@ -24,7 +26,7 @@ test: $(VENV)/.installed-dev
 	$(BIN)/ruff check
 	$(BIN)/mypy
 	$(BIN)/lint-imports
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses $(WORKERS) --dist loadfile
 
 clean:
 	rm -rf $(VENV) out

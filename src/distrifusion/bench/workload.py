@@ -78,6 +78,7 @@ TRANSFORMERS: dict[str, tuple[str, dict[str, Any]]] = {
             "cross_attention_dim": 512,
             "caption_channels": 256,
             "out_channels": 8,
+            "use_additional_conditions": False,
         },
     ),
 }
