@@ -10,7 +10,7 @@ import diffusers
 import pytest
 import torch
 from diffusers.models.attention_dispatch import _AttentionBackendRegistry, attention_backend
-from diffusers.models.attention_processor import SD3IPAdapterJointAttnProcessor2_0
+from diffusers.models.attention_processor import PAGJointAttnProcessor2_0, SD3IPAdapterJointAttnProcessor2_0
 from diffusers.models.embeddings import (
     ImageProjection,
     IPAdapterTimeImageProjection,
@@ -308,3 +308,15 @@ def test_methods_and_names_are_given_back() -> None:
 
     assert df.run_ranks(2, rank) == [set(before)] * 2
     assert sys.modules[type(model).__module__].dispatch_attention_fn is dispatch
+
+
+def test_perturbed_attention_over_text_and_picture_is_refused() -> None:
+    """It masks each image token's view of the others, which are those of the patch there."""
+
+    def rank(comm: Any) -> None:
+        model = df.parallelize(build(JOINT["sd3"]), df.ParallelConfig(strategy="sync"), comm)
+        model.transformer_blocks[1].attn.processor = PAGJointAttnProcessor2_0()
+        with pytest.raises(df.UnsupportedModel, match=r"blocks\.1\.attn: PAGJointAttnProcessor2_0 attends to"):
+            model(**JOINT["sd3"].arguments(2, 7, 5))
+
+    df.run_ranks(2, rank)

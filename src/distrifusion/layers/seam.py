@@ -108,6 +108,7 @@ class _Attending(TorchFunctionMode):
         super().__init__()
         self._seam, self._frame, self._limit = seam, frame, limit
         self._is_inside = False  # an attention, which calls another
+        self._num_keys = 0  # of the first attention, before its peers' are there
         self.num_calls = 0
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -116,8 +117,20 @@ class _Attending(TorchFunctionMode):
         return self.attend(func, 2, *args, **(kwargs or {}))
 
     def attend(self, attention: Callable[..., Any], dim: int, *args: Any, **kwargs: Any) -> Any:
-        """An attention that the module calls."""
+        """An attention that the module calls: with (query, key, value), as they all take them.
+
+        Raises:
+            UnsupportedModel: it is over the picture once more, as PAG's in joint attention.
+        """
         self.num_calls += 1
+        key = args[1] if len(args) > 1 else kwargs["key"]
+        if self.num_calls == 1:
+            self._num_keys = key.shape[dim]
+        elif self.num_calls > self._limit and key.shape[dim] == self._num_keys:
+            raise UnsupportedModel(
+                f"{self._seam.key}: {type(self._seam.module.processor).__name__} attends to the picture once more, "
+                "which is not known in patches; use another processor"
+            )
         self._is_inside = True
         try:
             if self.num_calls > self._limit:  # to an adapter's tokens
