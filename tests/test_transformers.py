@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import fnmatch
+import inspect
 from typing import Any
 
 import pytest
@@ -10,6 +12,7 @@ from torch import Tensor
 
 import distrifusion as df
 from distrifusion.models.plans import PLANS
+from distrifusion.models.transformer import Plan
 from models import distance
 from transformers_cross import CROSS
 from transformers_joint import JOINT
@@ -51,6 +54,21 @@ def on_ranks(
 
 def test_every_plan_is_tested() -> None:
     assert {type(build(tiny)) for tiny in MODELS.values()} == {plan.model for plan in PLANS}
+
+
+@pytest.mark.parametrize("plan", PLANS, ids=lambda plan: plan.model.__name__)
+def test_a_plan_names_what_its_class_has(plan: Plan) -> None:
+    """A renamed argument would be taken for one that is not given: never cut, never refused, never told apart."""
+    arguments = inspect.signature(plan.model.forward).parameters
+    for name in (plan.sample, *plan.lists, *plan.cuts, *plan.conditions, *plan.unknown):
+        assert name in arguments
+    for name in plan.methods:
+        assert callable(getattr(plan.model, name))
+    models = [model for model in map(build, MODELS.values()) if type(model) is plan.model]
+    modules = [name for model in models for name, _ in model.named_modules()]
+    # Not `texts`: some belong to adapters, and an attention that no pattern names is refused.
+    patterns = [*plan.entries, *plan.seams, *plan.sums, *plan.inputs, *plan.convs, *plan.sides, plan.exit]
+    assert [pattern for pattern in patterns if not fnmatch.filter(modules, pattern)] == []
 
 
 @pytest.mark.parametrize("name", MODELS)

@@ -88,7 +88,7 @@ def generate_joined(order: Order) -> Written | None:
 
     check_device(order.device)
     comm = joined.connect(order.device)
-    try:
+    with joined.one_voice(comm):
         said = {**order.arguments(), "seed": order.seed, "model": order.model, "dtype": order.dtype}
         settings = {**said, **asdict(order.config)}
         setup, request = joined.agree(comm, settings, lambda: _setup(order, comm.rank, comm.world))
@@ -102,14 +102,6 @@ def generate_joined(order: Order) -> Written | None:
             written = _write(order, painted.images, painted.report, painted.seconds, comm.world)
         joined.leave(comm)
         return written
-    except (DistrifusionError, KeyboardInterrupt) as error:
-        if comm.rank == 0 or os.environ.get("DISTRIFUSION_TRACEBACK") == "1":
-            raise
-        raise SystemExit(1) from error  # in silence: rank 0 says it, and torchrun looks at rank 0 as well
-    except Exception as error:
-        raise DistrifusionError(f"rank {comm.rank}: {type(error).__name__}: {error}") from error
-    finally:
-        comm.close()
 
 
 def _check(order: Order, world: int) -> checkpoint.Checkpoint:

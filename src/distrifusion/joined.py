@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import os
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Future
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from threading import Thread
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -34,6 +35,26 @@ def connect(device: str, timeout: float | None = None) -> Comm:
     if comm is None:
         raise ConfigError("this process was not started by torchrun: RANK and WORLD_SIZE are not set")
     return comm
+
+
+@contextmanager
+def one_voice(comm: Comm) -> Iterator[None]:
+    """Work of all ranks, of whose errors rank 0 alone speaks; ``comm`` is closed after it.
+
+    Raises:
+        DistrifusionError: on rank 0, and on a rank that failed alone. On the others it is SystemExit, in silence, since
+            torchrun looks at them too.
+    """
+    try:
+        yield
+    except (DistrifusionError, KeyboardInterrupt) as error:
+        if comm.rank == 0 or os.environ.get("DISTRIFUSION_TRACEBACK") == "1":
+            raise
+        raise SystemExit(1) from error
+    except Exception as error:
+        raise DistrifusionError(f"rank {comm.rank}: {type(error).__name__}: {error}") from error
+    finally:
+        comm.close()
 
 
 def agree(comm: Comm, said: Mapping[str, Any], check: Callable[[], T]) -> T:

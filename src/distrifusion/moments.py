@@ -73,8 +73,8 @@ def carry(own: Tensor, own_before: Tensor, others_before: Sequence[Tensor]) -> T
     now, was = _of(own), _of(own_before)
     others = torch.stack(list(others_before))
     means, variances = others[:, 1:].view(len(others), 2, -1).unbind(1)
-    means += CARRY * (now[0] - was[0])
-    variances *= ((now[1] + SMALL) / (was[1] + SMALL)) ** CARRY
+    means.add_(now[0] - was[0], alpha=CARRY)  # views of others
+    variances.mul_(((now[1] + SMALL) / (was[1] + SMALL)) ** CARRY)
     return combine([own, *others])
 
 

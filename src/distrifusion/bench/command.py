@@ -155,7 +155,7 @@ def _joined(order: Order, quiet: bool) -> Found | None:
     """As one of torchrun's ranks; None but on rank 0, which alone speaks of errors too."""
     from .. import joined
     from ..choices import check_device
-    from ..errors import ConfigError, DistrifusionError
+    from ..errors import ConfigError
     from .start import WAIT, measure
 
     check_device(order.device)
@@ -169,21 +169,13 @@ def _joined(order: Order, quiet: bool) -> Found | None:
             order.check_files()
         return plan
 
-    try:
+    with joined.one_voice(comm):
         said = {name: str(value) for name, value in vars(order).items() if name not in ("plot", "trace")}
         plan = joined.agree(comm, {**said, "trace": order.trace is not None}, agreed)
         with _progress(comm.rank == 0 and not quiet) as tell:
             found = measure(plan, comm, tell)
         joined.leave(comm)
         return found
-    except (DistrifusionError, KeyboardInterrupt) as error:
-        if comm.rank == 0 or os.environ.get("DISTRIFUSION_TRACEBACK") == "1":
-            raise
-        raise SystemExit(1) from error  # in silence: rank 0 says it, and torchrun looks at rank 0 as well
-    except Exception as error:
-        raise DistrifusionError(f"rank {comm.rank}: {type(error).__name__}: {error}") from error
-    finally:
-        comm.close()
 
 
 def _show(order: Order, found: Found, only_json: bool) -> None:

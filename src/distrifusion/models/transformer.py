@@ -55,9 +55,9 @@ class Plan:
     Args:
         model: the class, exactly.
         names: models that have it, for people.
-        entries: modules whose output holds the tokens of the whole picture, and how, or what cuts it.
         seams: attentions over image tokens, and where these stand among the keys.
         grid: of a call's picture.
+        entries: modules whose output holds the tokens of the whole picture, and how, or what cuts it.
         exit: the last module over tokens.
         leaving: how the output of ``exit`` holds them.
         methods: methods of the model, as ``entries``.

@@ -74,6 +74,7 @@ class ParallelDenoiser:
         self._holder = FrameHolder()
         self._layers: dict[tuple[int, str], Layer] = {}  # by their place
         self._pictures = Pictures(self._strategy, timesteps)
+        self._dim = 2 if config.split == "rows" else 3
         has_halves = self._mesh.size("cfg") > 1 and not self._feeders
         branch = self._guidance.branch if has_halves else None
         start = self._strategy.start
@@ -182,13 +183,12 @@ class ParallelDenoiser:
 
     def _run(self, call: Call, state: State) -> Ran:
         """Run the model on this rank's patch and part of the batch."""
-        dim = 2 if self._config.split == "rows" else 3
         num_patches = self._mesh.size("patch")
-        levels = self._table.levels(*self._table.size(call), num_patches, dim)
+        levels = self._table.levels(*self._table.size(call), num_patches, self._dim)
         exchange = self._strategy.policy(state)
         patch, window = self._mesh.coordinate(self._comm.rank, "patch"), self._config.context_window
         num_frames, num_guests = self._table.num_frames(call), self._table.num_guests(call)
-        frame = Frame(patch, dim, levels, exchange, num_frames, num_guests, context_window=window)
+        frame = Frame(patch, self._dim, levels, exchange, num_frames, num_guests, context_window=window)
         fed = [feeder.take_cost() for feeder in self._feeders]
         own_call = self._own_batch(call)
         if num_patches > 1:
@@ -211,9 +211,8 @@ class ParallelDenoiser:
 
     def _deliver(self, ran: Ran, call: Call, halves: Halves) -> Any:
         """Everyone's predictions, as the model returns them. See `Pairs`."""
-        dim = 2 if self._config.split == "rows" else 3
         batch = call.sample.shape[0]
-        whole, probes = self._guidance.gather(ran.own, probe(call.sample), batch, ran.levels, dim, halves)
+        whole, probes = self._guidance.gather(ran.own, probe(call.sample), batch, ran.levels, self._dim, halves)
         check_latents(probes)
         return self._table.unfold(whole, ran.result[0])
 
