@@ -87,13 +87,13 @@ def test_even_prefers_aligned_patches_where_balance_allows() -> None:
 
 def test_levels_follow_the_downsamplers() -> None:
     three, valid = Window(3, 2, (1, 1)), Window(2, 2)
-    levels = Levels.down(13, 9, 3, [three, valid], [three, valid])
+    levels = Levels.down(13, 9, (1.0, 1.0, 1.0), [three, valid], [three, valid])
     assert [split.size for split in levels.splits] == [13, 7, 3]
     assert levels.across == (9, 5, 2)
     for upper, lower in itertools.pairwise(levels.splits):
         assert upper.num_patches == lower.num_patches == 3
     with pytest.raises(ConfigError, match="too small"):
-        Levels.down(2, 9, 1, [valid, valid], [valid, valid])
+        Levels.down(2, 9, (1.0,), [valid, valid], [valid, valid])
 
 
 def test_spans_intersect() -> None:

@@ -23,6 +23,7 @@ def test_json_gives_the_medians_of_the_prevailing_kind_of_step() -> None:
         "mesh": "cfg 1 x patch 2",
         "split": "rows",
         "patches": [8, 7],
+        "balance": "even",
         "steps": {"sync": 2, "displaced": 3},
         "seconds_per_step": 0.3,
         "messages_per_step": 5,
