@@ -41,6 +41,21 @@ def test_the_line_says_the_same() -> None:
     )
 
 
+@pytest.mark.parametrize(
+    ("balance", "text"),
+    [
+        ("even", "rows per rank 8+7 |"),
+        ("measured", "rows per rank 8+7 (measured) |"),
+        ("8,7", "rows per rank 8+7 (weights 8,7) |"),
+    ],
+)
+def test_the_line_says_what_the_rows_follow(balance: str, text: str) -> None:
+    report = a_report()
+    report.balance = balance
+    assert text in report.line()
+    assert report.as_dict()["balance"] == balance
+
+
 def test_a_report_without_steps_is_still_a_line() -> None:
     report = Report("none", "cfg 1 x patch 1")
     assert report.as_dict()["seconds_per_step"] is None

@@ -37,13 +37,15 @@ class Balance:
         config: says what the weights are.
         mesh: of ``comm``'s ranks.
         comm: all ranks.
+
+    ``watch`` tells the time; another may be put in its place.
     """
 
     def __init__(self, config: ParallelConfig, mesh: Mesh, comm: Comm) -> None:
         self._config, self._mesh, self._comm = config, mesh, comm
         self._given = config.weights or (1.0,) * mesh.size("patch")
         self._measures = config.balance == MEASURED and mesh.size("patch") > 1
-        self._watch: Stopwatch = stopwatch_for(comm.device)
+        self.watch: Stopwatch = stopwatch_for(comm.device)
         self._measured: dict[Size, tuple[float, ...]] = {}
         self._is_open = self._measures  # whether this picture's rows may still change
 
@@ -60,7 +62,7 @@ class Balance:
     def start(self) -> None:
         """A picture starts."""
         self._is_open = self._measures
-        self._watch.clear()
+        self.watch.clear()
 
     @contextmanager
     def measuring(self) -> Iterator[None]:
@@ -69,12 +71,12 @@ class Balance:
             yield
             return
         meter = self._comm.meter
-        meter.watch = self._watch
-        self._watch.start()
+        meter.watch = self.watch
+        self.watch.start()
         try:
             yield
         finally:
-            self._watch.stop()
+            self.watch.stop()
             meter.watch = None
 
     def end_call(self, num_calls: int, is_last: bool, size: Size, cut: Callable[[tuple[float, ...]], Split]) -> str:
@@ -98,9 +100,9 @@ class Balance:
         if not self._is_open or not is_last:
             return ""
         if num_calls == 1 < last:  # its one-off costs say nothing about the others
-            self._watch.clear()
+            self.watch.clear()
             return ""
-        self._watch.lap()
+        self.watch.lap()
         if num_calls < last:
             return ""
         self._is_open = False
@@ -122,7 +124,7 @@ class Balance:
 
     def _seconds(self) -> list[float]:
         """How long a step takes to compute on each rank along the picture, the same numbers on all ranks."""
-        own = torch.tensor([median(self._watch.laps())], dtype=torch.float64)
+        own = torch.tensor([median(self.watch.laps())], dtype=torch.float64)
         # On the host, whatever the device: the next step's rows depend on it.
         everyone = self._comm.all_gather(own, [1] * self._comm.world, kind="control").wait()
         return [max(float(everyone[rank]) for rank in group) for group in self._mesh.groups("cfg")]
