@@ -11,7 +11,7 @@ import torch
 from ..comm import Comm
 from ..comm.stopwatch import Stopwatch, stopwatch_for
 from ..config import MEASURED, ParallelConfig
-from ..geometry import Split
+from ..geometry import Levels
 from ..mesh import Mesh
 
 Size = tuple[int, int]  # height and width in rows of latent
@@ -79,14 +79,14 @@ class Balance:
             self.watch.stop()
             meter.watch = None
 
-    def end_call(self, num_calls: int, is_last: bool, size: Size, cut: Callable[[tuple[float, ...]], Split]) -> str:
+    def end_call(self, num_calls: int, is_last: bool, size: Size, levels: Callable[[tuple[float, ...]], Levels]) -> str:
         """A call of the model has ended, which may be the moment to change the rows. All ranks come here alike.
 
         Args:
             num_calls: of its guidance branch in this picture, so far.
             is_last: whether it was the step's last.
             size: of the picture.
-            cut: the split for some weights.
+            levels: of the picture, for some weights.
 
         Returns:
             What the report is to say about it; mostly nothing.
@@ -106,15 +106,15 @@ class Balance:
         if num_calls < last:
             return ""
         self._is_open = False
-        return self._decide(size, cut)
+        return self._decide(size, levels)
 
-    def _decide(self, size: Size, cut: Callable[[tuple[float, ...]], Split]) -> str:
-        now, seconds = cut(self.weights(size)), self._seconds()
+    def _decide(self, size: Size, levels: Callable[[tuple[float, ...]], Levels]) -> str:
+        now, seconds = levels(self.weights(size)).splits[0], self._seconds()
         if min(seconds) <= 0:
             return "rows kept: a rank had nothing to compute that a clock would show"
         speeds = [rows / each for rows, each in zip(now.sizes, seconds, strict=True)]
         weights = tuple(speed / sum(speeds) for speed in speeds)
-        then = cut(weights)
+        then = levels(weights).splits[0]
         pace = max(rows / speed for rows, speed in zip(then.sizes, speeds, strict=True))
         gain = 1 - pace / max(seconds)
         if gain < LEAST_GAIN:

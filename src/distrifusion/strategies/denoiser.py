@@ -191,14 +191,9 @@ class ParallelDenoiser:
             return self._run(call, state).result
         place, num_branches = self._pictures.place(state)
         result = self._pairs.call(call, state)
-        size = self._table.size(call)
         # Rows change between two steps, never in one: feeders run before this model, and the halves of `Pairs` meet.
-        news = self._balance.end_call(
-            state.num_calls,
-            place == num_branches - 1,
-            size,
-            lambda weights: self._table.levels(*size, weights, self._dim).splits[0],
-        )
+        is_last, size = place == num_branches - 1, self._table.size(call)
+        news = self._balance.end_call(state.num_calls, is_last, size, lambda weights: self._levels(call, weights))
         if news:
             self.report.notes.append(news)
         return result
@@ -240,10 +235,10 @@ class ParallelDenoiser:
         """See `Pairs`."""
         return replace(before, levels=self._levels(call))
 
-    def _levels(self, call: Call) -> Levels:
-        """The rows of all ranks at every level, in this call."""
+    def _levels(self, call: Call, weights: tuple[float, ...] | None = None) -> Levels:
+        """The rows of all ranks at every level, by ``weights``; None: by the present ones."""
         size = self._table.size(call)
-        return self._table.levels(*size, self._balance.weights(size), self._dim)
+        return self._table.levels(*size, weights or self._balance.weights(size), self._dim)
 
     def _deliver(self, ran: Ran, call: Call, halves: Halves) -> Any:
         """Everyone's predictions, as the model returns them. See `Pairs`."""
