@@ -16,6 +16,7 @@ from .mesh import Mesh
 from .metrics import Report
 from .models import controlnet_table, is_known, table_for
 from .strategies.agreement import agree
+from .strategies.balance import Balance
 from .strategies.denoiser import ParallelDenoiser
 from .strategies.encoders import SharedEncoder
 from .strategies.guidance import Guidance
@@ -73,11 +74,12 @@ def parallelize(target: T, config: ParallelConfig | None = None, comm: Comm | No
             if _is_compiled(target, model):
                 notes.append("torch.compile does nothing while parallel")
             feeders: list[ParallelDenoiser] = []
+            shared: dict[str, Any] = {"guidance": guidance, "balance": Balance(config, mesh, comm)}
             for table in filter(None, tables):
-                feeders.append(ParallelDenoiser(table, config, comm, timesteps, guidance=guidance))
+                feeders.append(ParallelDenoiser(table, config, comm, timesteps, **shared))
                 setattr(table.model, _MARK, feeders[-1])
             own = table_for(model)
-            parallel = ParallelDenoiser(own, config, comm, timesteps, guidance=guidance, feeders=feeders, notes=notes)
+            parallel = ParallelDenoiser(own, config, comm, timesteps, feeders=feeders, notes=notes, **shared)
             setattr(model, _MARK, parallel)
     except Exception:
         for model in [*models, *_controlnets(target)]:

@@ -23,8 +23,6 @@ from .plan import LATENT, Case, Plan
 from .trace import Recorder, merge, refuse_other_clocks
 from .workload import Workload, load
 
-WARM_UP = 2  # steps before the timed ones: the first fills the slots, the first displaced step allocates its messages
-
 
 @dataclass
 class Timing:
@@ -100,7 +98,7 @@ class Bench:
         comm, work = self._comms[timing.case.world], self._work[timing.size]
         memory = PeakMemory(work.device)
         with _spread(work, timing.case, comm):
-            for step in range(WARM_UP + self._plan.steps):
+            for step in range(timing.case.num_untimed + self._plan.steps):
                 sample = work.sample(step)
                 waited = comm.meter.waited
                 comm.barrier()
@@ -108,7 +106,7 @@ class Bench:
                 _call(work, sample)
                 seconds, busy = perf_counter() - started, process_time() - busy
                 total = sum(comm.all_gather_object(busy))
-                if step >= WARM_UP:
+                if step >= timing.case.num_untimed:
                     timing.seconds.append(seconds)
                     timing.cpu_seconds.append(total)
                     timing.waited.append(comm.meter.waited - waited)
@@ -123,10 +121,10 @@ class Bench:
         ranks = "1 rank" if comm.world == 1 else f"{comm.world} ranks"
         label = f"{timing.case.name}, {ranks}, {timing.size[0]} x {timing.size[1]}"
         with recorder.modules(work.model), _spread(work, timing.case, comm):
-            for step in range(WARM_UP + self._plan.steps):
+            for step in range(timing.case.num_untimed + self._plan.steps):
                 sample = work.sample(step)
                 comm.barrier()
-                if step == WARM_UP:
+                if step == timing.case.num_untimed:
                     recorder.start()
                 with recorder.step(label):
                     _call(work, sample)

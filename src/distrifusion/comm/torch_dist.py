@@ -11,7 +11,6 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from datetime import timedelta
 from functools import partial
-from time import perf_counter
 from traceback import clear_frames
 from typing import Any
 
@@ -329,7 +328,7 @@ class _Launched:
             return self._result
         comm, launched = self._comm, self._launched
         comm._lines.check()
-        start = perf_counter()
+        start = comm.meter.waits()
         try:
             while launched.works:  # no local name for a work: it would keep the sockets open after a loss
                 with comm._losing(comm._named(launched.works[0][1])):
