@@ -89,8 +89,8 @@ def parallelize(target: T, config: ParallelConfig | None = None, comm: Comm | No
         freed = config.text_encoders == "freed"
         for place, (name, encoder) in enumerate(_text_encoders(target).items()):
             if not hasattr(encoder, _SHARED):  # another pipeline's too, as the refiner's and the base's
-                shared = SharedEncoder(encoder, name, comm, place % comm.world, freed=freed)
-                setattr(encoder, _SHARED, shared)
+                encoders = SharedEncoder(encoder, name, comm, place % comm.world, freed=freed)
+                setattr(encoder, _SHARED, encoders)
     return target
 
 
