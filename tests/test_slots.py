@@ -124,6 +124,7 @@ def test_values_arrive_one_step_late_and_unmixed(world: int, num: int, network: 
                 # What is being sent does not touch what was received, also for the name that fills its chunk.
                 assert_equal(found, expected(comm, name, step - 1), f"{name.key} after its post in step {step}")
             assert slots.finish()
+            slots.depart()
             messages.append(sum(comm.meter.messages.values()))
             assert set(comm.meter.messages) <= {"chunk"}
         slots.drain()
@@ -162,6 +163,7 @@ def test_two_ranks_say_all_of_it_in_one_message_per_chunk() -> None:
             slots.read(name.key)
             say(comm, slots, name, 1)
         assert slots.finish()
+        slots.depart()
         slots.drain()
         assert dict(comm.meter.messages) == {"chunk": MAX_CHUNKS}
         assert dict(comm.meter.links) == {("chunk", 1 - comm.rank): MAX_CHUNKS}  # so none was a collective
@@ -183,6 +185,7 @@ def test_slots_hold_one_steps_bytes_and_keep_holding_them(world: int) -> None:
                 slots.read(name.key)
                 say(comm, slots, name, step)
             slots.finish()
+            slots.depart()
             assert slots.num_bytes == one_step
         slots.drain()
 
@@ -202,6 +205,7 @@ def test_send_and_receive_memory_are_distinct(world: int) -> None:
                 }
                 say(comm, slots, name, step)
             slots.finish()
+            slots.depart()
         slots.drain()
         sent = {
             buffer.untyped_storage().data_ptr()
@@ -226,6 +230,7 @@ def test_what_was_posted_may_be_overwritten_at_once() -> None:
             slots.post_shared("halo", words)
             words.zero_()
             assert slots.finish()
+            slots.depart()
         slots.drain()
         assert_equal(slots.read("halo"), expected(comm, name, 2), "after draining")
 
@@ -241,6 +246,7 @@ def test_a_step_that_left_out_names_says_so_and_drains(world: int) -> None:
             slots.read(name.key)
             say(comm, slots, name, 1)
         assert slots.finish()
+        slots.depart()
         for name in everything[:-5]:  # the model skips its last layers
             slots.read(name.key)
             say(comm, slots, name, 2)
@@ -270,3 +276,31 @@ def test_draining_before_the_first_displaced_step_does_nothing() -> None:
         return sum(comm.meter.messages.values()) + slots.num_bytes
 
     assert df.run_ranks(2, rank) == [0, 0]
+
+
+@pytest.mark.parametrize("world", [2, 3])
+def test_the_last_chunk_stays_until_it_is_let_go(world: int) -> None:
+    """What a step must wait for leaves before it. A step that lets nothing go does so at its next first read."""
+
+    def rank(comm: Comm) -> None:
+        everything, slots = names(40), Slots(comm)
+        learn(comm, slots, everything)
+        counts = []
+        for lets_go in (True, False):
+            for name in everything:
+                slots.read(name.key)
+                say(comm, slots, name, 1)
+            assert slots.finish()
+            counts.append(sum(comm.meter.messages.values()))
+            if lets_go:
+                slots.depart()
+            else:
+                slots.read(everything[0].key)
+            counts.append(sum(comm.meter.messages.values()))
+        before, after, before_next, after_next = counts
+        last = after - before
+        assert last > 0
+        assert (before_next, after_next) == (2 * after - last, 2 * after)
+        slots.drain()
+
+    df.run_ranks(world, rank)

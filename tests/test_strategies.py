@@ -11,7 +11,7 @@ from diffusers.models.attention_processor import Attention
 from torch import Tensor, nn
 
 import distrifusion as df
-from distrifusion.comm import Comm, Meter
+from distrifusion.comm import Comm, Meter, Tracer
 from distrifusion.metrics import Report
 from models import build, conditioning, distance, latents
 from reference import DisplacedReference, owners
@@ -189,6 +189,26 @@ def test_a_displaced_step_sends_at_most_8_messages(world: int, rows: int) -> Non
         assert report.messages[1] <= 8
         assert set(meters[1].messages) <= {"chunk", "output"}  # nothing that waits, and no control within a picture
         assert meters[1].messages["output"] == 1
+
+
+@pytest.mark.parametrize("world", [2, 3])
+@pytest.mark.parametrize("cfg", [1, 2])
+def test_the_prediction_leaves_before_the_last_chunk(world: int, cfg: int) -> None:
+    """Everyone waits for it. Behind that chunk it would stand in line for a quarter of a step's bytes."""
+    sample, arguments = latents("sd15", 2, 24, 8), conditioning("sd15", 2)
+
+    def rank(comm: Comm) -> list[str]:
+        model = df.parallelize(build("sd15"), displaced(cfg=cfg), comm)
+        for _ in range(2):
+            comm.meter.tracer = Tracer()
+            model(sample, 500, **arguments)
+        return [message.kind for message in comm.meter.tracer.messages]
+
+    for kinds in df.run_ranks(world * cfg, rank):
+        after = kinds[kinds.index("output") + 1 :]
+        assert set(kinds[: kinds.index("output")]) == {"chunk"}
+        assert after
+        assert set(after) == {"chunk"}
 
 
 @pytest.mark.parametrize("world", [2, 3, 4, 5, 7])

@@ -98,20 +98,19 @@ class Bench:
 
     def _time(self, timing: Timing) -> None:
         comm, work = self._comms[timing.case.world], self._work[timing.size]
-        memory = PeakMemory(work.device)
+        samples = [work.sample(step) for step in range(WARM_UP + self._plan.steps)]
+        memory, busy = PeakMemory(work.device), list[float]()
         with _spread(work, timing.case, comm):
-            for step in range(WARM_UP + self._plan.steps):
-                sample = work.sample(step)
-                waited = comm.meter.waited
-                comm.barrier()
-                started, busy = perf_counter(), process_time()
+            comm.barrier()
+            # None between the steps: as in a picture, what is late has no more time to arrive than the next step takes.
+            for step, sample in enumerate(samples):
+                started, used, waited = perf_counter(), process_time(), comm.meter.waited
                 _call(work, sample)
-                seconds, busy = perf_counter() - started, process_time() - busy
-                total = sum(comm.all_gather_object(busy))
                 if step >= WARM_UP:
-                    timing.seconds.append(seconds)
-                    timing.cpu_seconds.append(total)
+                    timing.seconds.append(perf_counter() - started)
+                    busy.append(process_time() - used)
                     timing.waited.append(comm.meter.waited - waited)
+            timing.cpu_seconds += map(sum, zip(*comm.all_gather_object(busy), strict=True))
             ran = report(work.model)
             if ran.messages:
                 timing.messages, timing.num_bytes = ran.messages[-1], ran.bytes[-1]

@@ -79,6 +79,7 @@ class ParallelDenoiser:
         branch = self._guidance.branch if has_halves else None
         start = self._strategy.start
         self._pairs = Pairs(branch, self._run, self._deliver, start, self._pictures.place, self._guarded)
+        self._leaving: State | None = None  # of the call whose last words go behind its prediction
         self._kind = "sync"  # how fresh the last call was
         self.report = self._new_report()
         self._inner: Callable[..., Any] = table.model.forward
@@ -159,6 +160,7 @@ class ParallelDenoiser:
                 result = work()
             except BaseException:
                 self._pictures.abandon()
+                self._leaving = None
                 raise
             finally:
                 self._holder.frame = None
@@ -202,6 +204,10 @@ class ParallelDenoiser:
         if not exchange.finish():
             self._pictures.forget()  # the model left out seams: the next step cannot build on this one
         state.step += 1
+        if self._table.gathers:
+            self._leaving = state
+        else:
+            state.depart()
         for cost in fed:
             self._cost.add(cost)
         self._cost.num_calls += 1
@@ -212,7 +218,11 @@ class ParallelDenoiser:
     def _deliver(self, ran: Ran, call: Call, halves: Halves) -> Any:
         """Everyone's predictions, as the model returns them. See `Pairs`."""
         batch = call.sample.shape[0]
-        whole, probes = self._guidance.gather(ran.own, probe(call.sample), batch, ran.levels, self._dim, halves)
+        gathering = self._guidance.gather(ran.own, probe(call.sample), batch, ran.levels, self._dim, halves)
+        if self._leaving is not None:  # on a slow link the prediction would wait for what leaves before it
+            self._leaving.depart()
+            self._leaving = None
+        whole, probes = gathering.wait()
         check_latents(probes)
         return self._table.unfold(whole, ran.result[0])
 
