@@ -27,6 +27,7 @@ def test_json_gives_the_medians_of_the_prevailing_kind_of_step() -> None:
         "seconds_per_step": 0.3,
         "messages_per_step": 5,
         "bytes_per_step": 2048,
+        "slot_bytes": 0,
         "notes": [],
     }
 
@@ -38,6 +39,13 @@ def test_the_line_says_the_same() -> None:
         "strategy displaced | mesh cfg 1 x patch 2 | rows per rank 8+7 | steps 2 sync + 3 displaced | 0.300 s/step | "
         "2.0 KiB and 5 messages sent per step and rank | patches of 2 ranks are empty at level 3"
     )
+
+
+def test_the_line_says_how_much_memory_the_slots_take() -> None:
+    report = a_report()
+    report.slot_bytes = 4096
+    assert report.line().endswith("2.0 KiB and 5 messages sent per step and rank | slots 4.0 KiB")
+    assert report.as_dict()["slot_bytes"] == 4096
 
 
 def test_a_report_without_steps_is_still_a_line() -> None:

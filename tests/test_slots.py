@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import platform
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -190,6 +192,49 @@ def test_slots_hold_one_steps_bytes_and_keep_holding_them(world: int) -> None:
         slots.drain()
 
     df.run_ranks(world, rank)
+
+
+def memory(comm: Comm, wire: str) -> tuple[int, int]:
+    """Bytes that the slots hold on this rank, in every displaced step alike, and those that it sends in one."""
+    if wire == "gloo":
+        os.environ["DISTRIFUSION_SHARED_MEMORY"] = "0"
+    try:
+        comm = comm.split([list(range(comm.world))])
+    finally:
+        os.environ.pop("DISTRIFUSION_SHARED_MEMORY", None)
+    assert comm.wire == wire
+    slots = Slots(comm)
+    everything = [Name(f"{i}", i % 2 == 0, 30_000 + 1_000 * i, torch.float32) for i in range(8)]
+    learn(comm, slots, everything)
+    assert slots.memory == 0
+    held = set()
+    for step in range(1, 4):
+        comm.meter.clear()
+        for name in everything:
+            slots.read(name.key)
+            say(comm, slots, name, step)
+        slots.finish()
+        slots.depart()
+        held.add(slots.memory)
+    slots.drain()
+    comm.close()
+    assert len(held) == 1
+    return held.pop(), comm.meter.bytes["chunk"]
+
+
+@pytest.mark.parametrize("world", [2, 3, 4])
+@pytest.mark.parametrize("wire", ["threads", "gloo", "shared memory"])
+def test_slots_hold_no_more_than_twice_what_a_step_sends(request: Any, world: int, wire: str) -> None:
+    """All that is sent and all that is received, once each. Over all ranks, since who is at the border sends less."""
+    if wire == "threads":
+        found = df.run_ranks(world, lambda comm: memory(comm, wire))
+    elif wire == "shared memory" and platform.machine() not in ("x86_64", "AMD64"):
+        pytest.skip("shared memory is for x86")
+    else:
+        found = request.getfixturevalue("pool").run(memory, world, wire)
+    held, sent = map(sum, zip(*found, strict=True))
+    pages = 2 * 4096 * 7 * world if wire == "shared memory" else 0
+    assert sent <= held <= 2 * sent + pages
 
 
 @pytest.mark.parametrize("world", [2, 3])

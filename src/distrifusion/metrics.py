@@ -13,7 +13,7 @@ class Report:
 
     ``patches`` are the rows (or columns) of latent each rank of a patch group owns; ``seconds`` has one entry per
     call of the denoiser, ``messages`` and ``bytes`` what this rank sent in it, ``kinds`` how fresh it was
-    (``"sync"``, ``"displaced"``, ``"naive"`` ...).
+    (``"sync"``, ``"displaced"``, ``"naive"`` ...). ``slot_bytes`` is the memory for late messages, sent and received.
     """
 
     strategy: str
@@ -25,6 +25,7 @@ class Report:
     bytes: list[int] = field(default_factory=list)
     kinds: list[str] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
+    slot_bytes: int = 0
 
     def step(self, kind: str, seconds: float, messages: int, num_bytes: int) -> None:
         """Record one call of the denoiser."""
@@ -46,6 +47,7 @@ class Report:
             "seconds_per_step": median([self.seconds[i] for i in chosen]) if chosen else None,
             "messages_per_step": round(median([self.messages[i] for i in chosen])) if chosen else 0,
             "bytes_per_step": round(median([self.bytes[i] for i in chosen])) if chosen else 0,
+            "slot_bytes": self.slot_bytes,
             "notes": list(self.notes),
         }
 
@@ -62,6 +64,7 @@ class Report:
             f"{pace:.3f} s/step" if pace is not None else "- s/step",
             f"{human_bytes(facts['bytes_per_step'])} and {facts['messages_per_step']} messages sent per step and rank",
         ]
+        parts += [f"slots {human_bytes(self.slot_bytes)}"] if self.slot_bytes else []
         return " | ".join(parts + self.notes)
 
     def copy(self) -> Report:

@@ -37,6 +37,7 @@ class Timing:
     waited: list[float] = field(default_factory=list)  # host seconds per step in waits, rank 0
     messages: int = 0  # per step and rank
     num_bytes: int = 0
+    slot_bytes: int = 0  # memory for late messages, rank 0
     peaks: list[int | None] = field(default_factory=list)  # bytes of memory, by rank; None: not known
 
     @property
@@ -114,6 +115,7 @@ class Bench:
             ran = report(work.model)
             if ran.messages:
                 timing.messages, timing.num_bytes = ran.messages[-1], ran.bytes[-1]
+                timing.slot_bytes = ran.slot_bytes
             peaks = comm.all_gather_object(memory.read())
             timing.peaks = [_largest(*pair) for pair in zip(timing.peaks or peaks, peaks, strict=True)]
 

@@ -112,6 +112,11 @@ class _Chunk:
         self._nothing = torch.empty(0, dtype=torch.uint8, device=comm.device)
 
     @property
+    def memory(self) -> int:
+        """Bytes of memory for what is sent and received."""
+        return self._route.num_bytes
+
+    @property
     def is_full(self) -> bool:
         return self.num_posted == self._num_entries
 
@@ -162,6 +167,11 @@ class Slots:
     def num_bytes(self) -> int:
         """Bytes of one step's words, as they are sent."""
         return sum(chunk.num_bytes for chunk in self._chunks)
+
+    @property
+    def memory(self) -> int:
+        """Bytes that this rank holds for messages: what it sends in one step and what it receives in one, at most."""
+        return sum(chunk.memory for chunk in self._chunks)
 
     def keep(
         self,

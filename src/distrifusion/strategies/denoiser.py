@@ -169,6 +169,7 @@ class ParallelDenoiser:
         if self._table.gathers and self._cost.num_calls:
             cost = self.take_cost()
             self.report.step(self._kind, cost.seconds, cost.messages, cost.num_bytes)
+            self.report.slot_bytes = sum(parallel._pictures.slot_bytes for parallel in (self, *self._feeders))
         return result
 
     def _step(self, call: Call) -> Any:
