@@ -11,8 +11,10 @@ from typing import Any
 
 import pytest
 import torch
+from diffusers import UNet2DConditionModel
 
 import distrifusion as df
+from distrifusion.bench.workload import SHAPES
 from distrifusion.comm import Comm
 from distrifusion.config import CODECS
 from distrifusion.geometry import Levels, Split, Window
@@ -26,7 +28,14 @@ from transformers_joint import JOINT
 from transformers_tiny import build as build_transformer
 from transformers_video import VIDEO
 
-UNETS = {"sd15": (21, 13), "sdxl": (23, 18), "ddpm": (20, 22), "resnet-resample": (20, 24)}  # latents; no even patches
+UNETS = {  # latents, in no even patches
+    "time-cond": (19, 13),
+    "ddpm": (18, 14),
+    "sdxl": (23, 18),
+    "sd15": (21, 13),
+    "resnet-resample": (20, 24),
+}
+SMALL = ["time-cond", "ddpm", "flux", "pixart"]
 TRANSFORMERS = {**CROSS, **JOINT, **VIDEO}
 ROWS, COLS = 7, 5  # tokens
 
@@ -35,7 +44,7 @@ pytestmark = pytest.mark.filterwarnings("ignore:`FluxPosEmbed` is deprecated:Fut
 
 
 def config(**settings: Any) -> df.ParallelConfig:
-    return df.ParallelConfig(**{"warmup_steps": 1, **settings})
+    return df.ParallelConfig(**{"warmup_steps": 0, **settings})
 
 
 MIXED = {"context": "1bit", "halo": "fp16"}
@@ -98,8 +107,8 @@ def numbers(said: Traffic) -> tuple[dict[str, int], dict[str, int]]:
     return messages, num_bytes
 
 
-def check(name: str, settings: df.ParallelConfig, world: int, batch: int = 2, steps: int = 4) -> None:
-    """Steps of a picture: the first, another synchronous one, the first displaced one, and the next."""
+def check(name: str, settings: df.ParallelConfig, world: int, batch: int = 2, steps: int = 3) -> None:
+    """Steps of a picture: the first, the first displaced one or the next synchronous one, and one more."""
     given = name, settings, world, batch, steps
     for rank, (found, wanted) in enumerate(zip(counted(*given), predicted(*given), strict=True)):
         for step in range(steps):
@@ -112,17 +121,20 @@ def check(name: str, settings: df.ParallelConfig, world: int, batch: int = 2, st
 @pytest.mark.parametrize("number", range(len(CONFIGS)))
 def test_every_configuration_at_every_world(number: int, world: int) -> None:
     """U-Nets and transformers in turn, rows and columns in turn."""
-    names = [*UNETS, "flux", "pixart"]
     split: Any = "cols" if (number + world // 2) % 2 else "rows"
     settings = {**vars(CONFIGS[number]), "split": split}
-    check(names[(number + world) % len(names)], df.ParallelConfig(**settings), world)
+    check(SMALL[(number + world) % len(SMALL)], df.ParallelConfig(**settings), world)
+
+
+def test_warm_up_steps_are_synchronous() -> None:
+    check("time-cond", config(warmup_steps=2, codec="int8"), 2, steps=5)
 
 
 @pytest.mark.parametrize("world", [2, 3, 5])
 @pytest.mark.parametrize("number", range(len(WINDOWS)))
 def test_windows(number: int, world: int) -> None:
     settings = {**vars(WINDOWS[number]), "split": "cols" if (number + world) % 2 else "rows"}
-    check([*UNETS][number % len(UNETS)], df.ParallelConfig(**settings), world)
+    check(["sdxl", "time-cond", "ddpm"][number % 3], df.ParallelConfig(**settings), world)
 
 
 @pytest.mark.parametrize("name", [*UNETS, *TRANSFORMERS])
@@ -134,7 +146,7 @@ def test_every_model(name: str) -> None:
 @pytest.mark.parametrize(("world", "batch"), [(2, 2), (4, 2), (6, 4), (4, 1)])
 def test_the_cfg_split_halves_the_batch(strategy: Any, world: int, batch: int) -> None:
     """A batch of one is computed by both halves, each of which gathers its own."""
-    for name in ("sdxl", "pixart"):
+    for name in ("time-cond", "pixart"):
         codec = None if strategy == "naive" else "int8"
         check(name, config(strategy=strategy, cfg=2, codec=codec), world, batch)
 
@@ -179,6 +191,43 @@ def test_on_the_meta_device_nothing_is_computed() -> None:
     words = {"encoder_hidden_states": text["encoder_hidden_states"].to("meta"), "added_cond_kwargs": added}
     time = torch.tensor(500, device="meta")
     assert anatomy_of(build("sdxl").to("meta"), latents("sdxl").to("meta"), time, **words) == here
+
+
+def bench_shape(name: str, batch: int) -> tuple[Any, Anatomy]:
+    """A real shape, of which nothing is computed and no weight is made."""
+    settings = SHAPES[name]
+    with torch.device("meta"):
+        model = UNet2DConditionModel(**settings)
+        pooled = settings["projection_class_embeddings_input_dim"] - 6 * settings["addition_time_embed_dim"]
+        added = {"text_embeds": torch.empty(batch, pooled), "time_ids": torch.empty(batch, 6)}
+        text = torch.empty(batch, 7, settings["cross_attention_dim"])
+        return model, anatomy_of(model, torch.empty(batch, 4, 16, 16), 500, text, added_cond_kwargs=added)
+
+
+def test_the_33_m_shape_sends_what_the_documents_say() -> None:
+    """docs/codecs.md, which were counted by `bench`: two ranks, 1024 px."""
+    model, anatomy = bench_shape("sdxl-mini", 1)
+    levels = table_for(model).levels(128, 128, 2, 2)
+    wanted = {None: 24_850_912, "fp16": 12_498_272, "int8": 6_389_472, "int4": 3_301_088, "int2": 1_723_808}
+    for codec, num_bytes in {**wanted, "1bit": 951_712}.items():
+        assert sum(traffic(anatomy, levels, config(codec=codec), 0, step=2).bytes.values()) == num_bytes
+
+
+@pytest.mark.parametrize(("name", "batch"), [("sdxl-mini", 1), ("sdxl", 2)])
+def test_one_bit_sends_at_most_a_24th_of_all_bytes_at_1024(name: str, batch: int) -> None:
+    """Of float32's, prediction and moments included. And of SDXL, the volume that is known of it."""
+    model, anatomy = bench_shape(name, batch)
+    for world in (2, 4, 8):
+        levels = table_for(model).levels(128, 128, world, 2)
+        for strategy, rank in (("sync", 0), ("displaced", 1)):
+            none, bit = (
+                sum(traffic(anatomy, levels, settings, rank, batch=batch, step=2).bytes.values())
+                for settings in (config(strategy=strategy), config(strategy=strategy, codec="1bit"))
+            )
+            assert bit <= none / 24
+    if name == "sdxl":  # DistriFusion's: 419 M keys and values, of which 8 ranks have an eighth each, for 7 others
+        said = traffic(anatomy, levels, config(strategy="sync"), 0, batch=2)
+        assert said.bytes["context"] / 4 == pytest.approx(419.4e6 / 8 * 7, rel=1e-3)
 
 
 def test_by_hand() -> None:
