@@ -93,6 +93,8 @@ def test_measures_every_case_and_counts_what_is_sent(tiny: str) -> None:
         assert rows["displaced", world]["bytes_per_step"] >= rows["sync", world]["bytes_per_step"] > 0
     for row in rows.values():
         assert row["seconds_per_step"] > 0
+        assert 0 <= row["slot_bytes"] <= 2 * row["bytes_per_step"]
+        assert (row["slot_bytes"] > 0) == (row["strategy"] == "displaced" and row["world"] > 1)
         assert row["share_of_linear"] == pytest.approx(row["speedup"] / row["world"], abs=2e-3)
         assert len(row["peak_memory_per_rank"]) == row["world"]
     assert json.loads(json.dumps(found))["bench"]["model"] == "tiny"
@@ -138,7 +140,8 @@ def test_the_table_shows_every_row_and_says_what_is_not_known() -> None:
     assert "sdxl-mini, 1024 x 768, 64 x 64 px, batch 1, float32, cpu over gloo" in lines[0]
     (row,) = [line for line in lines if "sync" in line]
     assert [cell.strip() for cell in row.split("│")[1:-1]] == [
-        *("sync", "1024 x 768", "2", "1.000", "0.0%", "2.00", "-", "100%", "2.000", "0.100", "103", "1.0 MiB", "-"),
+        *("sync", "1024 x 768", "2", "1.000", "0.0%", "2.00", "-", "100%", "2.000", "0.100", "103", "1.0 MiB"),
+        *("0 B", "-"),
     ]
     assert "3.00 GiB" in capture.get()
 

@@ -28,6 +28,7 @@ def test_json_gives_the_medians_of_the_prevailing_kind_of_step() -> None:
         "seconds_per_step": 0.3,
         "messages_per_step": 5,
         "bytes_per_step": 2048,
+        "slot_bytes": 0,
         "notes": [],
     }
 
@@ -54,6 +55,13 @@ def test_the_line_says_what_the_rows_follow(balance: str, text: str) -> None:
     report.balance = balance
     assert text in report.line()
     assert report.as_dict()["balance"] == balance
+
+
+def test_the_line_says_how_much_memory_the_slots_take() -> None:
+    report = a_report()
+    report.slot_bytes = 4096
+    assert report.line().endswith("2.0 KiB and 5 messages sent per step and rank | slots 4.0 KiB")
+    assert report.as_dict()["slot_bytes"] == 4096
 
 
 def test_a_report_without_steps_is_still_a_line() -> None:

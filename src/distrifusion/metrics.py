@@ -14,7 +14,7 @@ class Report:
     ``patches`` are the rows (or columns) of latent each rank of a patch group owns, in the end where they have changed;
     ``balance`` what they follow (``"even"``, the weights, or ``"measured"``); ``seconds`` has one entry per
     call of the denoiser, ``messages`` and ``bytes`` what this rank sent in it, ``kinds`` how fresh it was
-    (``"sync"``, ``"displaced"``, ``"naive"`` ...).
+    (``"sync"``, ``"displaced"``, ``"naive"`` ...). ``slot_bytes`` is the memory for late messages, sent and received.
     """
 
     strategy: str
@@ -27,6 +27,7 @@ class Report:
     kinds: list[str] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
     balance: str = "even"
+    slot_bytes: int = 0
 
     def step(self, kind: str, seconds: float, messages: int, num_bytes: int) -> None:
         """Record one call of the denoiser."""
@@ -49,6 +50,7 @@ class Report:
             "seconds_per_step": median([self.seconds[i] for i in chosen]) if chosen else None,
             "messages_per_step": round(median([self.messages[i] for i in chosen])) if chosen else 0,
             "bytes_per_step": round(median([self.bytes[i] for i in chosen])) if chosen else 0,
+            "slot_bytes": self.slot_bytes,
             "notes": list(self.notes),
         }
 
@@ -66,6 +68,7 @@ class Report:
             f"{pace:.3f} s/step" if pace is not None else "- s/step",
             f"{human_bytes(facts['bytes_per_step'])} and {facts['messages_per_step']} messages sent per step and rank",
         ]
+        parts += [f"slots {human_bytes(self.slot_bytes)}"] if self.slot_bytes else []
         return " | ".join(parts + self.notes)
 
     def copy(self) -> Report:

@@ -34,6 +34,11 @@ class State:
         self.drain()
         self.slots, self.wire = fresh.slots, fresh.wire
 
+    def depart(self) -> None:
+        """Let leave what has waited for the prediction to go first."""
+        if self.slots is not None:
+            self.slots.depart()
+
     def drain(self) -> None:
         """Wait for what is still under way."""
         if self.slots is not None:

@@ -84,6 +84,7 @@ class ParallelDenoiser:
         branch = self._guidance.branch if has_halves else None
         start = self._strategy.start
         self._pairs = Pairs(branch, self._run, self._skip, self._deliver, start, self._pictures.place, self._guarded)
+        self._leaving: State | None = None  # of the call whose last words go behind its prediction
         self._kind = "sync"  # how fresh the last call was
         self.report = self._new_report()
         self._inner: Callable[..., Any] = table.model.forward
@@ -164,6 +165,7 @@ class ParallelDenoiser:
                 result = work()
             except BaseException:
                 self._pictures.abandon()
+                self._leaving = None
                 raise
             finally:
                 self._holder.frame = None
@@ -172,6 +174,7 @@ class ParallelDenoiser:
         if self._table.gathers and self._cost.num_calls:
             cost = self.take_cost()
             self.report.step(self._kind, cost.seconds, cost.messages, cost.num_bytes)
+            self.report.slot_bytes = sum(parallel._pictures.slot_bytes for parallel in (self, *self._feeders))
         return result
 
     def _step(self, call: Call) -> Any:
@@ -223,6 +226,10 @@ class ParallelDenoiser:
         if not exchange.finish():
             self._pictures.forget()  # the model left out seams: the next step cannot build on this one
         state.step += 1
+        if self._table.gathers:
+            self._leaving = state
+        else:
+            state.depart()
         for cost in fed:
             self._cost.add(cost)
         self._cost.num_calls += 1
@@ -243,7 +250,11 @@ class ParallelDenoiser:
     def _deliver(self, ran: Ran, call: Call, halves: Halves) -> Any:
         """Everyone's predictions, as the model returns them. See `Pairs`."""
         batch = call.sample.shape[0]
-        whole, probes = self._guidance.gather(ran.own, probe(call.sample), batch, ran.levels, self._dim, halves)
+        gathering = self._guidance.gather(ran.own, probe(call.sample), batch, ran.levels, self._dim, halves)
+        if self._leaving is not None:  # on a slow link the prediction would wait for what leaves before it
+            self._leaving.depart()
+            self._leaving = None
+        whole, probes = gathering.wait()
         check_latents(probes)
         return self._table.unfold(whole, ran.result[0])
 
