@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
 from .errors import ConfigError
@@ -117,15 +117,14 @@ class ParallelConfig:
 
     @property
     def extras(self) -> list[str]:
-        """What was asked for beyond the strategy, as ``name=value``."""
-        defaults = {field.name: field.default for field in fields(self)}
-        names = ("codec", "context_window", "balance", "text_encoders")
-        return [f"{name}={getattr(self, name)}" for name in names if getattr(self, name) != defaults[name]]
+        """What was asked of the patches beyond the strategy, as ``name=value``."""
+        names = ("codec", "context_window", "balance")
+        return [f"{name}={getattr(self, name)}" for name in names if getattr(self, name) is not None]
 
     def __str__(self) -> str:
         facts = [
             f"strategy={self.strategy} cfg={self.cfg} patch={self.patch or 'all'} split={self.split} "
-            f"warmup_steps={self.warmup_steps} group_norm={self.group_norm}"
+            f"warmup_steps={self.warmup_steps} group_norm={self.group_norm} text_encoders={self.text_encoders}"
         ]
         return " ".join(facts + self.extras)
 
