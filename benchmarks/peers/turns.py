@@ -8,10 +8,10 @@ import socket
 import subprocess
 import sys
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict
 from pathlib import Path
-from time import monotonic
+from time import monotonic, sleep
 from typing import Any, Self
 
 from rank import Settings
@@ -49,24 +49,21 @@ class Ranks:
             door.listen(world)
             door.settimeout(1.0)
             with self._log.open("wb") as log:
-                self._process = subprocess.Popen(
-                    [*_launcher(python, world, slow_link), *command[slow_link is None :]],
-                    env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(REPOSITORY / "src")},
-                    stdin=subprocess.DEVNULL,
-                    stdout=log,
-                    stderr=log,
-                )
+                self._processes = [
+                    subprocess.Popen(words, env=environment, stdin=subprocess.DEVNULL, stdout=log, stderr=log)
+                    for words, environment in _commands(command, world, slow_link)
+                ]
             try:
                 self._meet(door, world)
             except BaseException:
-                self.close()
+                self.close(0)
                 raise
 
     def __enter__(self) -> Self:
         return self
 
     def __exit__(self, *error: object) -> None:
-        self.close()
+        self.close(30 if error[0] is None else 0)
 
     def turn(self, do: str, ranks: Sequence[int] | None = None, **order: Any) -> list[Any]:
         """What ``ranks`` (None: all) answer to an order, by rank. The others stand still.
@@ -84,18 +81,18 @@ class Ranks:
             raise self._lost() from failure
         return answers
 
-    def close(self) -> None:
-        """Hang up, upon which the ranks end."""
+    def close(self, patience: float) -> None:
+        """Hang up, upon which the ranks end; those that do not within ``patience`` seconds are ended."""
         for line, words in self._lines.values():
             words.close()
             line.close()
-        has_met = bool(self._lines)
         self._lines.clear()
-        try:
-            self._process.wait(30 if has_met else 0)
-        except subprocess.TimeoutExpired:
-            self._process.terminate()  # the launcher ends its ranks
-            self._process.wait()
+        for process in self._processes:
+            try:
+                process.wait(patience)
+            except subprocess.TimeoutExpired:
+                process.terminate()  # slow-link ends its ranks
+                process.wait()
         self._folder.cleanup()
 
     def _meet(self, door: socket.socket, world: int) -> None:
@@ -104,7 +101,7 @@ class Ranks:
             try:
                 line, _ = door.accept()
             except TimeoutError:
-                if self._process.poll() is not None or monotonic() > deadline:
+                if any(process.poll() is not None for process in self._processes) or monotonic() > deadline:
                     raise self._lost() from None
                 continue
             line.settimeout(ANSWERING)
@@ -123,18 +120,23 @@ class Ranks:
         return answer["result"]
 
     def _lost(self) -> LostError:
-        try:
-            code = self._process.wait(15)
-        except subprocess.TimeoutExpired:
-            code = 1
+        sleep(1.0)  # who has hung up ends in a moment
+        codes = [code for process in self._processes if (code := process.poll())]
+        code = codes[0] if codes else 1
         tail = [line for line in self._log.read_text(errors="replace").splitlines() if line.strip()][-30:]
         return LostError("\n".join([f"the ranks of {self.library} ended with exit code {code}:", *tail]), code)
 
 
-def _launcher(python: str, world: int, slow_link: str | None) -> list[str]:
+def _commands(command: list[str], world: int, slow_link: str | None) -> Iterator[tuple[list[str], dict[str, str]]]:
+    """What is to be started, and in which environment."""
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(REPOSITORY / "src")}
     if slow_link is not None:
-        slow = [sys.executable, str(REPOSITORY / "scripts" / "slow-link")]
-        return [*slow, "--rate", slow_link, "--nproc", str(world), "--"]
-    # A look at the ranks takes a core from one of them: every five seconds is often enough.
-    torchrun = [python, "-m", "torch.distributed.run", "--standalone", "--local-addr", "127.0.0.1"]
-    return [*torchrun, "--monitor-interval", "5", "--nproc-per-node", str(world)]
+        slow = [sys.executable, str(REPOSITORY / "scripts" / "slow-link"), "--rate", slow_link, "--nproc", str(world)]
+        yield [*slow, "--", *command], environment
+        return
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    place = {"WORLD_SIZE": str(world), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    for rank in range(world):
+        yield command, {**environment, **place, "RANK": str(rank), "LOCAL_RANK": str(rank)}
