@@ -158,7 +158,7 @@ def test_a_peer_at_another_turn_of_a_route_is_told():
         def wait(self):
             self.into[1].fill_(7)
 
-    route = SharedRoute([None, None], [None, None], [1], lambda sends, recvs: Heard(recvs), lambda: None)
+    route = SharedRoute([None, None], [None, None], [1], lambda sends, recvs: Heard(recvs), lambda: None, 0)
     route.launch()
     with pytest.raises(df.RanksDisagree, match="rank 1 of the group is at turn 7 of a route, not 1"):
         route.wait()

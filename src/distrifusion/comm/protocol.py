@@ -54,6 +54,11 @@ class Route(Protocol):
     """
 
     @property
+    def num_bytes(self) -> int:
+        """Memory that it holds on this rank, for what is sent and what is received."""
+        ...
+
+    @property
     def outbox(self) -> Box:
         """Where the next turn's words are written, by receiver, `EVERYONE` among them. Ask anew after each launch."""
         ...
@@ -99,11 +104,14 @@ class Comm(Protocol):
         """
         ...
 
-    def all_gather(self, own: Tensor, sizes: Sequence[int], *, kind: str) -> Pending[list[Tensor]]:
+    def all_gather(
+        self, own: Tensor, sizes: Sequence[int], *, kind: str, into: Tensor | None = None
+    ) -> Pending[list[Tensor]]:
         """Everyone's flat tensor, in order of rank: ``own`` is ``[sizes[rank]]``, the result ``[[sizes[0]], ...]``.
 
         Sizes may differ and may be 0; they are the same list on all ranks. One dtype, contiguous. The result's own part
-        is equal to ``own``. Counts one message.
+        is equal to ``own``. With ``into``, ``[world, largest size]`` of the same dtype, it is the beginnings of the
+        rows of that, in any order, where anything travels; else it is new memory. Counts one message.
         """
         ...
 

@@ -63,9 +63,9 @@ class PatchConv(Layer):
     ) -> None:
         super().__init__(module, key, holder)
         self.level, self.level_out = level, level_out
-        self._windows = windows(module, extra, key)
+        self.windows = windows(module, extra, key)  # along rows, along columns
         self._extra = extra
-        self._reads_whole = reads_whole
+        self.reads_whole = reads_whole
 
     @property
     def forward(self) -> Callable[..., Any]:
@@ -75,18 +75,18 @@ class PatchConv(Layer):
     def _forward(self, x: Tensor) -> Tensor:
         frame = self.frame
         inputs, outputs = frame.split(self.level), frame.split(self.level_out)
-        window = self._windows[frame.dim - 2]
-        if self._reads_whole and not frame.exchange.sees_latents:
+        window = self.windows[frame.dim - 2]
+        if self.reads_whole and not frame.exchange.sees_latents:
             own = inputs.span(frame.patch)
             x = x.narrow(frame.dim, own.start, len(own))
-        if self._reads_whole and frame.exchange.sees_latents:
+        if self.reads_whole and frame.exchange.sees_latents:
             rows = _window_of_whole(x, frame, outputs, window)
         else:
             rows = with_halo(frame, self.key, x, inputs, outputs, window)
         if not len(outputs.span(frame.patch)):
             channels = x.shape[1] if isinstance(self.module, nn.AvgPool2d) else self.module.out_channels
             return x.new_empty(x.shape[0], channels, *frame.sides(self.level_out, 0))
-        across = self._windows[3 - frame.dim].padding
+        across = self.windows[3 - frame.dim].padding
         if across[0] != across[1]:
             rows = F.pad(rows, (*across, 0, 0) if frame.dim == 2 else (0, 0, *across))
             across = (0, 0)

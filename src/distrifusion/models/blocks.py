@@ -254,12 +254,12 @@ def downsampling_windows(model: Any) -> tuple[list[Window], list[Window]]:
     return along, across
 
 
-def levels_of(model: Any, height: int, width: int, num_patches: int, dim: int) -> Levels:
+def levels_of(model: Any, height: int, width: int, weights: tuple[float, ...], dim: int) -> Levels:
     """The splits of a latent at every level of ``model``. See Table."""
     rows, cols = downsampling_windows(model)
     if dim == 2:
-        return Levels.down(height, width, num_patches, rows, cols)
-    return Levels.down(width, height, num_patches, cols, rows)
+        return Levels.down(height, width, weights, rows, cols)
+    return Levels.down(width, height, weights, cols, rows)
 
 
 def branches_share_batch(model: Any) -> bool:

@@ -121,17 +121,17 @@ class TransformerTable:
         """See Table."""
         return self._plan.grid(self.model, call).guests
 
-    def levels(self, height: int, width: int, num_patches: int, dim: int) -> Levels:
+    def levels(self, height: int, width: int, weights: tuple[float, ...], dim: int) -> Levels:
         """See Table. Level 0 is the latent's, level 1 that of its tokens."""
         patch = self._plan.patch(self.model)
         along, across = (height, width) if dim == 2 else (width, height)
-        if along // patch < num_patches:
+        if along // patch < len(weights):
             what = "rows" if dim == 2 else "columns"
             raise ConfigError(
-                f"{along // patch} {what} of tokens cannot be split over {num_patches} ranks: "
+                f"{along // patch} {what} of tokens cannot be split over {len(weights)} ranks: "
                 f"the largest world for this picture is {along // patch}"
             )
-        tokens = Split.even(along // patch, num_patches)
+        tokens = Split.weighted(along // patch, weights)
         latents = Split(tuple(patch * bound for bound in tokens.bounds))
         return Levels((latents, tokens), (across, across // patch))
 
