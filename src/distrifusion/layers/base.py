@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -26,7 +26,7 @@ class Ragged:
 class Frame:
     """One denoiser's present call on one rank: set before the model runs, read by its layers.
 
-    They do not write to it, but for what is known only inside the model (``ragged``).
+    They do not write to it, but for what is known only inside the model (``ragged``), and what they keep.
     """
 
     patch: int  # this rank's patch
@@ -37,6 +37,7 @@ class Frame:
     num_guests: int = 0  # tokens of further pictures, which stand right after the picture's own and are never cut
     ragged: Ragged | None = None  # set by the entry of a model whose samples have texts of several lengths
     context_window: float | None = None  # see ParallelConfig: which keys a patch's queries see
+    memory: dict[str, Any] = field(default_factory=dict)  # what layers keep, by name, in this picture and branch
 
     def split(self, level: int) -> Split:
         """Who owns which rows at ``level`` of the model."""
@@ -84,6 +85,9 @@ class Layer:
     method = "forward"
     """The method of the module that is taken over."""
 
+    is_optional = False
+    """Whether the result is the same without it, so that it gives way to another library's method."""
+
     @property
     def forward(self) -> Callable[..., Any]:
         """What the module does instead of its own forward, or ``method``."""
@@ -98,6 +102,11 @@ class Layer:
     def is_attached(self) -> bool:
         """Whether the method is still ours."""
         return bool(self.module.__dict__.get(self.method) == self.forward)
+
+    @property
+    def gives_way(self) -> bool:
+        """Whether another library was here first, and the layer is not needed."""
+        return self.is_optional and self.method in self.module.__dict__
 
     def attach(self) -> None:
         """Take over the module's forward.

@@ -188,7 +188,9 @@ class ParallelDenoiser:
         exchange = self._strategy.policy(state)
         patch, window = self._mesh.coordinate(self._comm.rank, "patch"), self._config.context_window
         num_frames, num_guests = self._table.num_frames(call), self._table.num_guests(call)
-        frame = Frame(patch, self._dim, levels, exchange, num_frames, num_guests, context_window=window)
+        frame = Frame(
+            patch, self._dim, levels, exchange, num_frames, num_guests, context_window=window, memory=state.memory
+        )
         fed = [feeder.take_cost() for feeder in self._feeders]
         own_call = self._own_batch(call)
         if num_patches > 1:
@@ -237,7 +239,7 @@ class ParallelDenoiser:
         for known in [known for known in self._layers if known not in wanted]:
             self._layers.pop(known).detach()
         for known, layer in wanted.items():
-            if known not in self._layers:
+            if known not in self._layers and not layer.gives_way:
                 try:
                     layer.attach()
                 except DistrifusionError:
