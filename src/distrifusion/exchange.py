@@ -28,7 +28,7 @@ class Exchange(Protocol):
     """One step's policy. All ranks ask under the same keys in the same order."""
 
     kind: str  # what ran, for the report
-    sees_latents: bool  # whether a layer may read the peers' rows of the latents, which every rank has
+    sees_peers: bool  # whether anything of the peers is known, and so their rows of the latents, which every rank has
 
     def begin(self) -> None:
         """Start a step."""
@@ -88,7 +88,7 @@ class Fresh(_Named):
     """
 
     kind = "sync"
-    sees_latents = True
+    sees_peers = True
 
     def __init__(
         self, comm: Comm, slots: Slots | None = None, *, keeps_moments: bool = True, wire: Wire | None = None
@@ -155,7 +155,7 @@ class Stale(_Named):
     """
 
     kind = "displaced"
-    sees_latents = True
+    sees_peers = True
 
     def __init__(self, comm: Comm, slots: Slots, group_norm: GroupNormMode) -> None:
         super().__init__()
@@ -216,7 +216,7 @@ class Absent(_Named):
     """Nothing of the peers: each patch is a picture of its own, with zeros around it. Sends nothing."""
 
     kind = "naive"
-    sees_latents = False
+    sees_peers = False
 
     def __init__(self, rank: int) -> None:
         super().__init__()

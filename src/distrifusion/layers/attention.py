@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from ..errors import UnsupportedModel
-from ..geometry import Nearby, halo
+from ..geometry import Nearby, Span, halo
 from .base import Frame, FrameHolder, Layer
 
 MaskToTokens = Callable[[Tensor, int, int, int], Tensor]
@@ -62,7 +62,7 @@ class PatchAttention(Layer):
         if kwargs.get("ip_adapter_masks") is not None:
             kwargs["ip_adapter_masks"] = self._own_masks(frame, kwargs["ip_adapter_masks"])
         view = _View(attn, self, frame) if to_image and not attn.only_cross_attention else attn
-        output: Tensor = type(attn).forward(view, hidden_states, encoder_hidden_states, attention_mask, **kwargs)
+        output: Tensor = self.plain(view, hidden_states, encoder_hidden_states, attention_mask, **kwargs)
         return output
 
     def gather(self, frame: Frame, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
@@ -70,10 +70,28 @@ class PatchAttention(Layer):
 
         With a context window: own tokens, and those of the neighbours that lie in it.
         """
+        if torch.compiler.is_compiling():
+            k, v = self.ask([k, v], [self._num_keys(frame)] * 2, 1)
+            return k, v
         if frame.context_window is not None:
             return self._nearby(frame, frame.context_window, k, v)
         parts = frame.exchange.gather(self.key, (k, v), frame.num_tokens(self.level), 1).wait()
         return torch.cat([part[0] for part in parts], dim=1), torch.cat([part[1] for part in parts], dim=1)
+
+    def answer(self, tensors: list[Tensor], dim: int, question: int) -> Sequence[Tensor]:
+        """See Layer."""
+        return self.gather(self.frame, *tensors)
+
+    def _num_keys(self, frame: Frame) -> int:
+        """How many tokens there are in what `gather` returns."""
+        sizes, split = frame.num_tokens(self.level), frame.split(self.level)
+        own = split.span(frame.patch)
+        if not frame.sees_peers:
+            return sizes[frame.patch]
+        if frame.context_window is None:
+            return sum(sizes)
+        rows = Nearby(split, frame.context_window).reads(own) & Span(0, split.size) if len(own) else own
+        return len(rows) * frame.levels.across[self.level]
 
     def _nearby(self, frame: Frame, share: float, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
         split, width = frame.split(self.level), k.shape[-1]

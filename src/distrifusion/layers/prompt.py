@@ -74,7 +74,7 @@ class PatchPrompt(Layer):
 
     def compute(self, *args: Any, **kwargs: Any) -> Any:
         """Run the module's own forward."""
-        return type(self.module).forward(self.module, *args, **kwargs)
+        return self.plain(self.module, *args, **kwargs)
 
 
 def _mark(module: nn.Module, args: Any, held: list[Tensor]) -> Any:

@@ -21,6 +21,7 @@ from ..models import Call, Table
 from . import strategy_for
 from .agreement import check_call, check_latents, probe
 from .base import State
+from .compiling import Compiling
 from .guidance import Guidance, Halves
 from .pairs import Pairs, Ran
 from .pictures import Pictures
@@ -41,6 +42,7 @@ class ParallelDenoiser:
         feeders: models that run before this one in each step and leave their outputs to it in patches, such as
             ControlNets. They are reported, reset and detached with it.
         notes: what the report is to say beside the numbers.
+        wrapper: see `Compiling`.
 
     Raises:
         ConfigError: the world does not fit the configuration.
@@ -57,6 +59,7 @@ class ParallelDenoiser:
         guidance: Guidance | None = None,
         feeders: Sequence[ParallelDenoiser] = (),
         notes: Sequence[str] = (),
+        wrapper: Any = None,
     ) -> None:
         if config.context_window is not None and not table.has_window:
             raise UnsupportedModel(
@@ -80,8 +83,9 @@ class ParallelDenoiser:
         start = self._strategy.start
         self._pairs = Pairs(branch, self._run, self._deliver, start, self._pictures.place, self._guarded)
         self._kind = "sync"  # how fresh the last call was
-        self.report = self._new_report()
         self._inner: Callable[..., Any] = table.model.forward
+        self._compiling = Compiling(table.model, self._inner, wrapper)
+        self.report = self._new_report()
         self._previous = table.model.__dict__.get("forward")
         self._attach_layers()
 
@@ -89,7 +93,7 @@ class ParallelDenoiser:
         def forward(*args: Any, **kwargs: Any) -> Any:
             return self._forward(*args, **kwargs)
 
-        # Collectives and clocks are not for a compiler, which would make crumbs of what is between them.
+        # Collectives and clocks are not for a compiler, which would make crumbs of what is between them. See Compiling.
         self._outer: Callable[..., Any] = torch.compiler.disable(forward)  # type: ignore[no-untyped-call]
         self._is_detached = False
         self.model.forward = self._outer
@@ -197,7 +201,7 @@ class ParallelDenoiser:
             own_call = self._table.localise(own_call, frame, fed=any(cost.num_calls for cost in fed))
             self._holder.frame = frame
         exchange.begin()
-        result = self._inner(**own_call.arguments)
+        result = self._compiling.forward()(**own_call.arguments)
         if num_patches > 1:
             result = self._table.finish(result, frame)
         own = self._table.fold(result[0], own_call, frame) if self._table.gathers else call.sample
@@ -251,6 +255,7 @@ class ParallelDenoiser:
 
     def _new_report(self) -> Report:
         notes = [*self._config.extras, *self._notes]
+        notes += [self._compiling.note] if self._compiling.note else []
         if self._config.extras and self._mesh.size("patch") == 1:
             notes.append("no patches, so no codec and no window")
         return Report(self._config.strategy, str(self._mesh), self._config.split, notes=notes)
