@@ -28,6 +28,7 @@ class Exchange(Protocol):
     """One step's policy. All ranks ask under the same keys in the same order."""
 
     kind: str  # what ran, for the report
+    is_slow: bool  # whether answers take so long that a layer should compute first what it can without them
     sees_peers: bool  # whether anything of the peers is known, and so their rows of the latents, which every rank has
 
     def begin(self) -> None:
@@ -95,6 +96,7 @@ class Fresh(_Named):
     ) -> None:
         super().__init__()
         self._comm = comm
+        self.is_slow = comm.is_slow
         self._slots = slots
         self._keeps_moments = keeps_moments
         self._wire = wire if wire is not None else Wire(comm)
@@ -155,6 +157,7 @@ class Stale(_Named):
     """
 
     kind = "displaced"
+    is_slow = False
     sees_peers = True
 
     def __init__(self, comm: Comm, slots: Slots, group_norm: GroupNormMode) -> None:
@@ -216,6 +219,7 @@ class Absent(_Named):
     """Nothing of the peers: each patch is a picture of its own, with zeros around it. Sends nothing."""
 
     kind = "naive"
+    is_slow = False
     sees_peers = False
 
     def __init__(self, rank: int) -> None:

@@ -20,6 +20,7 @@ from torch.overrides import TorchFunctionMode
 
 from ..errors import UnsupportedModel
 from .base import Frame, FrameHolder, Layer
+from .merge import attend_own_first, can_merge
 from .tokens import PLACES as _PLACES
 from .tokens import TOKENS, Place, Tokens
 
@@ -111,9 +112,35 @@ class PatchSeam(Layer):
         **kwargs: Any,
     ) -> Any:
         """``attention`` of own queries over the keys of the whole picture, which stand along ``dim``."""
-        k, v = self.gather(frame, key, value, dim, self._where if is_first else "first")
+        place = self._where if is_first else "first"
+        is_torch = attention is F.scaled_dot_product_attention and place != "ragged"
+        is_eager = is_torch and not torch.compiler.is_compiling()
+        if is_eager and frame.exchange.is_slow and can_merge(query, key, value, attn_mask, *args, **kwargs):
+            return self._attend_own_first(frame, place, query, key, value, **kwargs)
+        k, v = self.gather(frame, key, value, dim, place)
         mask = None if attn_mask is None else self.mask(frame, attn_mask, key.shape[dim], k.shape[dim])
         return attention(query, k, v, mask, *args, **kwargs)
+
+    def _attend_own_first(
+        self,
+        frame: Frame,
+        place: Place,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        scale: float | None = None,
+        **_: Any,
+    ) -> Tensor:
+        """To own image tokens and the rest, while the peers' image tokens travel."""
+        sizes, tokens = frame.num_tokens(TOKENS), Tokens(2, place)
+        own = [tokens.parts(x, sizes[frame.patch], frame)[0] for x in (key, value)]
+        pending = frame.exchange.gather(self.key, own, sizes, 2)
+
+        def others() -> tuple[Tensor, Tensor]:
+            parts = [part for rank, part in enumerate(pending.wait()) if rank != frame.patch]
+            return torch.cat([part[0] for part in parts], 2), torch.cat([part[1] for part in parts], 2)
+
+        return attend_own_first(query, key, value, others, scale)
 
 
 def traceable(func: Callable[..., Any]) -> Callable[..., Any]:
