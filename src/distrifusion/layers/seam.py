@@ -54,6 +54,10 @@ class PatchSeam(Layer):
         else:
             with attending, _dispatching(processor, attending):
                 result = self.plain(self.module, *args, **kwargs)
+        if not attending.num_calls and torch.compiler.is_compiling():
+            raise UnsupportedModel(
+                f"{self.key}: in a compiled graph, attention is torch's own: call set_attention_backend('native')"
+            )
         if not attending.num_calls:
             raise UnsupportedModel(
                 f"{self.key}: {type(processor).__name__} calls neither torch's scaled_dot_product_attention nor "
