@@ -28,8 +28,12 @@ class Exchange(Protocol):
     """One step's policy. All ranks ask under the same keys in the same order."""
 
     kind: str  # what ran, for the report
-    is_slow: bool  # whether answers take so long that a layer should compute first what it can without them
     sees_peers: bool  # whether anything of the peers is known, and so their rows of the latents, which every rank has
+
+    @property
+    def is_slow(self) -> bool:
+        """Whether answers take so long that a layer should first compute what it can without them."""
+        ...
 
     def begin(self) -> None:
         """Start a step."""
@@ -96,10 +100,14 @@ class Fresh(_Named):
     ) -> None:
         super().__init__()
         self._comm = comm
-        self.is_slow = comm.is_slow
         self._slots = slots
         self._keeps_moments = keeps_moments
         self._wire = wire if wire is not None else Wire(comm)
+
+    @property
+    def is_slow(self) -> bool:
+        """See Exchange."""
+        return self._comm.is_slow
 
     def neighbours(
         self, key: str, patch: Tensor, plan: Halo, dim: int, kind: str = "halo"
