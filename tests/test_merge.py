@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from typing import Any
 
 import pytest
@@ -15,6 +16,7 @@ from distrifusion.comm.threads import ThreadComm
 from distrifusion.layers import attention, merge, seam
 from distrifusion.layers.merge import attend_own_first, can_merge
 from models import build, conditioning, distance, latents
+from process_pool import ProcessPool
 from transformers_cross import CROSS
 from transformers_joint import JOINT
 from transformers_tiny import build as build_transformer
@@ -155,3 +157,24 @@ def test_nothing_is_split_where_nothing_is_waited_for(slow: list[int], strategy:
     attentions = [each for each in build("sd15").modules() if isinstance(each, Attention)]
     num_seams = sum(not each.is_cross_attention for each in attentions)
     assert len(slow) == (2 * num_seams if strategy == "displaced" else 0)  # in the one synchronous step, on both ranks
+
+
+def over_gloo(comm: Any) -> tuple[str, Tensor]:
+    os.environ["DISTRIFUSION_SHARED_MEMORY"] = "0"
+    try:
+        part = comm.split([list(range(comm.world))])
+    finally:
+        del os.environ["DISTRIFUSION_SHARED_MEMORY"]
+    model = df.parallelize(build("sd15"), df.ParallelConfig(strategy="sync"), part)
+    with torch.no_grad():
+        result = model(latents("sd15", 2, 20, 28), 500, **conditioning("sd15", 2)).sample
+    wire = part.wire
+    part.close()
+    return wire, result
+
+
+def test_over_gloo(pool: ProcessPool) -> None:
+    truth = build("sd15")(latents("sd15", 2, 20, 28), 500, **conditioning("sd15", 2)).sample
+    for wire, result in pool.run(over_gloo, 3):
+        assert wire == "gloo"
+        assert distance(result, truth) <= EXACT

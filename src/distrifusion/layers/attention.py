@@ -66,7 +66,8 @@ class PatchAttention(Layer):
         if kwargs.get("ip_adapter_masks") is not None:
             kwargs["ip_adapter_masks"] = self._own_masks(frame, kwargs["ip_adapter_masks"])
         view = _View(attn, self, frame) if to_image and not attn.only_cross_attention else attn
-        if view is attn or not self._is_own_first(frame):
+        # A graph must not depend on the kind of the exchange: one serves all steps.
+        if view is attn or torch.compiler.is_compiling() or not self._is_own_first(frame):
             output: Tensor = self.plain(view, hidden_states, encoder_hidden_states, attention_mask, **kwargs)
             return output
         with _OwnFirst(view, frame.patch):
@@ -78,8 +79,7 @@ class PatchAttention(Layer):
         for it, of the keys as they are.
         """
         is_known = type(self.module.processor).__name__ == "AttnProcessor2_0" and self.module.norm_k is None
-        is_whole = frame.context_window is None and not torch.compiler.is_compiling()
-        return frame.exchange.is_slow and is_whole and is_known
+        return frame.exchange.is_slow and frame.context_window is None and is_known
 
     def gather(self, frame: Frame, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
         """Keys and values ``[B, all tokens, C]`` from the own ones ``[B, tokens, C]``, as one message.
