@@ -63,6 +63,7 @@ class _Noting:
 
     kind = "sync"
     sees_peers = True
+    is_slow = False
 
     def __init__(self, layers: Sequence[Layer], batch: int) -> None:
         self.seams: list[Seam] = []
