@@ -215,10 +215,16 @@ def ddim(**changes: Any) -> Any:
     return diffusers.DDIMScheduler(**{**settings, "clip_sample": False, "set_alpha_to_one": False, **changes})
 
 
+def own_vae() -> Any:
+    """A VAE of its own, with the same weights each time: as much as a U-Net, it is one rank's."""
+    with _LOCK:
+        return copy.deepcopy(_parts()["vae"])
+
+
 def sd(family: Any = diffusers.StableDiffusionPipeline, kind: str = "sd", **more: Any) -> Any:
     """A Stable Diffusion pipeline of ``family`` with a U-Net of its own."""
     settings: dict[str, Any] = {
-        "vae": _parts()["vae"],
+        "vae": own_vae(),
         "text_encoder": _parts()["text"],
         "tokenizer": copy.deepcopy(_tokenizer()),  # not for several threads
         "unet": unet(kind),
@@ -235,7 +241,7 @@ def sd(family: Any = diffusers.StableDiffusionPipeline, kind: str = "sd", **more
 def sdxl(family: Any = diffusers.StableDiffusionXLPipeline, *, refiner: bool = False, **more: Any) -> Any:
     """An SDXL pipeline of ``family``, base or refiner, with a U-Net of its own."""
     settings: dict[str, Any] = {
-        "vae": _parts()["vae"],
+        "vae": own_vae(),
         "text_encoder": None if refiner else _parts()["narrow"],
         "text_encoder_2": _parts()["refiner" if refiner else "narrow_2"],
         "tokenizer": None if refiner else copy.deepcopy(_tokenizer()),

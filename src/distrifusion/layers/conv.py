@@ -76,13 +76,7 @@ class PatchConv(Layer):
         frame = self.frame
         inputs, outputs = frame.split(self.level), frame.split(self.level_out)
         window = self._windows[frame.dim - 2]
-        if self._reads_whole and not frame.exchange.sees_latents:
-            own = inputs.span(frame.patch)
-            x = x.narrow(frame.dim, own.start, len(own))
-        if self._reads_whole and frame.exchange.sees_latents:
-            rows = _window_of_whole(x, frame, outputs, window)
-        else:
-            rows = with_halo(frame, self.key, x, inputs, outputs, window)
+        rows = rows_read(frame, self.key, x, inputs, outputs, window, reads_whole=self._reads_whole)
         if not len(outputs.span(frame.patch)):
             channels = x.shape[1] if isinstance(self.module, nn.AvgPool2d) else self.module.out_channels
             return x.new_empty(x.shape[0], channels, *frame.sides(self.level_out, 0))
@@ -100,6 +94,21 @@ class PatchConv(Layer):
                 rows, module.kernel_size, module.stride, padding, divisor_override=module.divisor_override
             )
         return F.conv2d(rows, module.weight, module.bias, module.stride, padding, module.dilation, module.groups)
+
+
+def rows_read(
+    frame: Frame, key: str, x: Tensor, inputs: Split, outputs: Split, window: Window, *, reads_whole: bool
+) -> Tensor:
+    """The rows that a convolution needs for its own rows of output, zeros beyond the picture included.
+
+    ``x`` is the own patch ``[B, C, rows, W]``, or with ``reads_whole`` the whole picture: nothing travels then.
+    """
+    if reads_whole and frame.exchange.sees_latents:
+        return _window_of_whole(x, frame, outputs, window)
+    if reads_whole:
+        own = inputs.span(frame.patch)
+        x = x.narrow(frame.dim, own.start, len(own))
+    return with_halo(frame, key, x, inputs, outputs, window)
 
 
 def _window_of_whole(x: Tensor, frame: Frame, outputs: Split, window: Window) -> Tensor:

@@ -34,25 +34,43 @@ class PatchUpsample(Layer):
         if module.norm is not None:
             hidden_states = module.norm(hidden_states.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
         if module.interpolate:
-            hidden_states = self._interpolate(hidden_states)
+            hidden_states = nearest(self, hidden_states, self.level, self.level_out)
         if module.use_conv:
             hidden_states = module.conv(hidden_states) if module.name == "conv" else module.Conv2d_0(hidden_states)
         return hidden_states
 
-    def _interpolate(self, x: Tensor) -> Tensor:
-        frame = self.frame
-        inputs, outputs = frame.split(self.level), frame.split(self.level_out)
-        reader = Nearest(inputs.size, outputs.size)
-        rows = with_halo(frame, self.key, x, inputs, outputs, reader)
-        out = outputs.span(frame.patch)
-        sides = frame.sides(self.level_out, len(out))
-        if not len(out):
-            return x.new_empty(*x.shape[:2], *sides)
-        if len(out) == 2 * rows.shape[frame.dim] and outputs.size == 2 * inputs.size:
-            return F.interpolate(rows, size=sides, mode="nearest")
-        first = reader.source(out.start)
-        index = torch.tensor([reader.source(row) - first for row in range(out.start, out.stop)], device=x.device)
-        return F.interpolate(rows.index_select(frame.dim, index), size=sides, mode="nearest")
+
+def nearest(layer: Layer, x: Tensor, level: int, level_out: int) -> Tensor:
+    """Nearest interpolation of a patch ``[B, C, rows, W]`` to the next finer level, ``[B, C, rows', W']``."""
+    frame = layer.frame
+    inputs, outputs = frame.split(level), frame.split(level_out)
+    reader = Nearest(inputs.size, outputs.size)
+    rows = with_halo(frame, layer.key, x, inputs, outputs, reader)
+    out = outputs.span(frame.patch)
+    sides = frame.sides(level_out, len(out))
+    if not len(out):
+        return x.new_empty(*x.shape[:2], *sides)
+    if len(out) == 2 * rows.shape[frame.dim] and outputs.size == 2 * inputs.size:
+        return F.interpolate(rows, size=sides, mode="nearest")
+    first = reader.source(out.start)
+    index = torch.tensor([reader.source(row) - first for row in range(out.start, out.stop)], device=x.device)
+    return F.interpolate(rows.index_select(frame.dim, index), size=sides, mode="nearest")
+
+
+class PatchInterpolate(Layer):
+    """``nn.Upsample`` by 2, nearest: ``[B, C, rows, W]`` -> ``[B, C, rows', W']``, any dtype."""
+
+    def __init__(self, module: nn.Module, key: str, holder: FrameHolder, *, level: int, level_out: int) -> None:
+        super().__init__(module, key, holder)
+        self.level, self.level_out = level, level_out
+
+    @property
+    def forward(self) -> Callable[..., Any]:
+        """See Layer."""
+        return self._forward
+
+    def _forward(self, x: Tensor) -> Tensor:
+        return nearest(self, x, self.level, self.level_out)
 
 
 class PatchDownsample(Layer):
@@ -72,3 +90,15 @@ class PatchDownsample(Layer):
             hidden_states = module.norm(hidden_states.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
         out: Tensor = module.conv(hidden_states)
         return out
+
+
+class PatchPad(Layer):
+    """``nn.ZeroPad2d`` before a convolution that knows of its zeros: nothing is left to do."""
+
+    @property
+    def forward(self) -> Callable[..., Any]:
+        """See Layer."""
+        return self._forward
+
+    def _forward(self, x: Tensor) -> Tensor:
+        return x

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from ..config import BUILT
 from ..errors import UnsupportedModel
 from .table import Call, Table
 
-__all__ = ["Call", "Table", "controlnet_table", "is_known", "supported", "table_for"]
+if TYPE_CHECKING:
+    from .vae import Half
+
+__all__ = ["Call", "Half", "Table", "controlnet_table", "is_known", "supported", "table_for", "vae_halves"]
 
 
 def table_for(model: Any) -> Table:
@@ -28,8 +31,17 @@ def table_for(model: Any) -> Table:
             return TransformerTable(model, plan)
     if "ControlNet" in type(model).__name__ and not type(model).__name__.startswith("UNet"):
         raise UnsupportedModel(f"{type(model).__name__} is spread together with its U-Net: give the pipeline of both")
-    known = ", ".join(family.__name__ for family in (*FAMILIES, *(plan.model for plan in PLANS)))
+    from .vae import PLANS as VAES
+
+    known = ", ".join(family.__name__ for family in (*FAMILIES, *(plan.model for plan in PLANS), *VAES))
     raise UnsupportedModel(f"{type(model).__name__} has no table; known are: {known}")
+
+
+def vae_halves(vae: Any) -> tuple[Half, Half] | None:
+    """Encoder and decoder of a VAE; None: no table knows its class."""
+    from .vae import PLANS, halves
+
+    return halves(vae) if type(vae) in PLANS else None
 
 
 def controlnet_table(controlnet: Any, unet: Any) -> Table | None:
