@@ -88,7 +88,9 @@ def parallelize(target: T, config: ParallelConfig | None = None, comm: Comm | No
     return target
 
 
-def _spread_vae(vae: Any, config: ParallelConfig, comm: Comm, timesteps: Callable[[], Any], is_target: bool) -> list[str]:
+def _spread_vae(
+    vae: Any, config: ParallelConfig, comm: Comm, timesteps: Callable[[], Any], is_target: bool
+) -> list[str]:
     """Make ``vae`` parallel, if there is one; what the report is to say where it is not.
 
     Raises:

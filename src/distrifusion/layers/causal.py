@@ -55,7 +55,7 @@ class PatchCausalConv(Layer):
         across = self._windows[3 - dim].padding[0]
         padding = (0, 0, across) if dim == 2 else (0, across, 0)
         return F.conv3d(
-            rows.unflatten(1, x.shape[1:3]),
+            rows.view(*x.shape[:3], *rows.shape[2:]),
             module.weight,
             module.bias,
             module.stride,
@@ -86,7 +86,8 @@ class PatchRegroup(Layer):
         inputs, outputs = frame.split(self.level), frame.split(self.level_out)
         reader, first = self._reader(inputs, outputs)
         rows = with_halo(frame, self.key, x.flatten(1, 2), inputs, outputs, reader)
-        made: Tensor = type(self.module).forward(self.module, rows.unflatten(1, x.shape[1:3]), *args, **kwargs)
+        frames = rows.view(*x.shape[:3], *rows.shape[2:])
+        made: Tensor = type(self.module).forward(self.module, frames, *args, **kwargs)
         out = outputs.span(frame.patch)
         return made.narrow(frame.dim + 1, first(out.start) if len(out) else 0, len(out))
 

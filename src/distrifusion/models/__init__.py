@@ -37,7 +37,7 @@ def table_for(model: Any) -> Table:
     raise UnsupportedModel(f"{type(model).__name__} has no table; known are: {known}")
 
 
-def vae_halves(vae: Any) -> tuple[Half, Half] | None:
+def vae_halves(vae: Any) -> tuple[Half, ...] | None:
     """Encoder and decoder of a VAE; None: no table knows its class."""
     from .vae import PLANS, halves
 
@@ -75,11 +75,21 @@ uneven rows of tokens; displaced with a held input equals sync; cfg=2 at 2 and 4
 )
 
 
-def supported() -> list[dict[str, Any]]:
-    """One entry per class of denoiser: ``class``, ``models``, ``strategies``, ``features``, ``checked``, ``diffusers``.
+_VAES = {
+    "AutoencoderKL": ["Stable Diffusion 1.x, 2.x, 3.x", "SDXL", "FLUX.1", "Z-Image"],
+    "AutoencoderKLFlux2": ["FLUX.2"],
+    "AutoencoderTiny": ["TAESD", "the bundled model"],
+    "AutoencoderKLQwenImage": ["Qwen-Image"],
+    "AutoencoderKLWan": ["Wan 2.1", "Wan 2.2"],
+}
 
-    ``checked`` says what was compared with what, and the tests that do it: models of these shapes a few channels wide,
-    with random weights, on ranks that are threads. ``diffusers`` is the release they ran with.
+
+def supported() -> list[dict[str, Any]]:
+    """One entry per class: ``class``, ``models``, ``strategies``, ``features``, ``checked``, ``diffusers``.
+
+    Denoisers first, then VAEs. ``checked`` says what was compared with what, and the tests that do it: models of these
+    shapes a few channels wide, with random weights, on ranks that are threads. ``diffusers`` is the release they ran
+    with.
     """
     from .plans import PLANS
 
@@ -97,7 +107,23 @@ def supported() -> list[dict[str, Any]]:
         }
         for plan in PLANS
     ]
-    return [{**entry, "diffusers": CHECKED_WITH} for entry in (*_unets(), *transformers)]
+    vaes = [
+        {
+            "class": name,
+            "models": models,
+            "strategies": list(BUILT),
+            "features": [
+                "exact under every strategy, by rows or columns over all ranks",
+                "encode and decode",
+                "slicing",
+                "tiling (runs whole on every rank)",
+            ],
+            "checked": "encode and decode equal one device (relative L2 <= 1e-5, float32) at worlds 2, 3, 5, rows and "
+            "columns, batch 1 and 2, odd sizes: tests/test_vae_exact.py; whole pipelines: tests/test_pipelines_vae.py",
+        }
+        for name, models in _VAES.items()
+    ]
+    return [{**entry, "diffusers": CHECKED_WITH} for entry in (*_unets(), *transformers, *vaes)]
 
 
 def _unets() -> list[dict[str, Any]]:

@@ -83,10 +83,14 @@ class Half:
         yield from self.plan.layers(walk, self.module, len(self.plan.windows(self.module)))
 
 
-def halves(vae: Any) -> tuple[Half, Half]:
-    """Encoder and decoder of a VAE whose class is in `PLANS`."""
+def halves(vae: Any) -> tuple[Half, ...]:
+    """Encoder and decoder, whichever the VAE still has; its class is in `PLANS`."""
     encoder, decoder = PLANS[type(vae)]
-    return Half("encode", vae, vae.encoder, encoder), Half("decode", vae, vae.decoder, decoder)
+    both = (
+        Half("encode", vae, getattr(vae, "encoder", None), encoder),
+        Half("decode", vae, getattr(vae, "decoder", None), decoder),
+    )
+    return tuple(half for half in both if half.module is not None)
 
 
 # AutoencoderKL and its like: U-Net blocks
@@ -231,7 +235,9 @@ def _interpolate(walk: Walk, module: Any, name: str, place: Place) -> Iterator[L
     factors = factor if isinstance(factor, tuple) else (factor, factor)
     # The two kinds of nearest are the same where it doubles.
     if module.mode not in ("nearest", "nearest-exact") or factors != (2, 2):
-        raise unsupported(module, name, f"with mode={module.mode!r} scale_factor={factor} is not known, only nearest by 2")
+        raise unsupported(
+            module, name, f"with mode={module.mode!r} scale_factor={factor} is not known, only nearest by 2"
+        )
     yield PatchInterpolate(module, name, walk.holder, level=place.level, level_out=place.level_out)
 
 

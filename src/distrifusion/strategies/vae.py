@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 from time import perf_counter
 from typing import TYPE_CHECKING, Any
@@ -34,7 +35,7 @@ class ParallelVAE:
     With tiling on, every rank computes all tiles as the user asked for them, and nothing travels.
 
     Args:
-        halves: encoder and decoder.
+        halves: encoder and decoder, of one VAE.
         config: the split dim; the rest is about denoising.
         comm: all ranks.
         timesteps: see `ParallelDenoiser`; another object is another picture.
@@ -45,24 +46,17 @@ class ParallelVAE:
     """
 
     def __init__(
-        self, halves: tuple[Half, Half], config: ParallelConfig, comm: Comm, timesteps: Callable[[], Any] = lambda: None
+        self, halves: tuple[Half, ...], config: ParallelConfig, comm: Comm, timesteps: Callable[[], Any] = lambda: None
     ) -> None:
         self._config, self._comm = config, comm
         self._mesh = Mesh.fit(config, comm.world)
         self._timesteps = timesteps
         self._mark: Any = None
         self.tally: dict[str, Tally] = {}  # of the present picture, by kind of call
-        self.model: nn.Module = halves[0].vae
-        self._halves: list[_ParallelHalf] = []
-        try:
-            for half in halves:
-                parallel = _ParallelHalf(half, config, comm, self._record)
-                parallel.attach()
-                self._halves.append(parallel)
-        except Exception:
-            for parallel in self._halves:
-                parallel.detach()
-            raise
+        self.model: Any = halves[0].vae
+        self._halves = [_ParallelHalf(half, config, comm, self._record) for half in halves]
+        self._attached = Attached()
+        self._attach()
 
     @property
     def models(self) -> list[nn.Module]:
@@ -95,11 +89,31 @@ class ParallelVAE:
                 f"{type(lost[0]).__name__} was wrapped by another library (offload, casting or cache hooks) after "
                 "df.parallelize; take that off before df.restore"
             )
-        for half in self._halves:
-            half.detach()
+        self._detach()
+
+    def _attach(self) -> None:
+        self._attached.follow(self._halves)
+        self.model.__deepcopy__ = self._copied
+
+    def _detach(self) -> None:
+        self._attached.detach()
+        self.model.__dict__.pop("__deepcopy__", None)
+
+    def _copied(self, memo: dict[int, Any]) -> Any:
+        """A copy is a plain VAE: it may work where no other rank does."""
+        marks = [name for name, value in vars(self.model).items() if value is self]
+        self.detach()
+        for name in marks:
+            delattr(self.model, name)
+        try:
+            return copy.deepcopy(self.model, memo)
+        finally:
+            self._attach()
+            for name in marks:
+                setattr(self.model, name, self)
 
     def _record(self, kind: str, seconds: float, messages: int, num_bytes: int) -> None:
-        """A picture is encoded before it is decoded; what comes after a decode, and is no decode of it, is another's."""
+        """A picture is encoded before it is decoded: what follows a decode, and is no decode of it, is another's."""
         mark = self._timesteps()
         if "decode" in self.tally and (kind == "encode" or mark is not self._mark):
             self.tally = {}
