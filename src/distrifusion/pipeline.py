@@ -153,13 +153,15 @@ def reset(target: Any) -> None:
 
 def report(target: Any) -> Report:
     """What ran on this rank for the present or last picture; a target that is not parallel: one rank, no steps."""
-    parallels = [getattr(model, _MARK) for model in _models(target) if hasattr(model, _MARK)]
-    if not parallels:
-        return Report("none", str(Mesh((1, 1))))
-    found: Report = parallels[0].report.copy()
-    for parallel in parallels:
-        if isinstance(parallel, ParallelVAE):
-            found.vae = dict(parallel.tally)
+    denoisers, vae = _denoisers(target), getattr(_vae(target), _MARK, None)
+    for parallel in (getattr(model, _MARK, None) for model in denoisers):
+        if parallel is not None:
+            found: Report = parallel.report.copy()
+            break
+    else:
+        found = vae.report if vae is not None and not denoisers else Report("none", str(Mesh((1, 1))))
+    if vae is not None:
+        found.vae = dict(vae.tally)
     return found
 
 

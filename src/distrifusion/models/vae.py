@@ -12,6 +12,7 @@ from diffusers.models.autoencoders import autoencoder_kl_wan as wan
 from diffusers.models.unets.unet_2d_blocks import AutoencoderTinyBlock
 from torch import Tensor, nn
 
+from ..errors import ConfigError
 from ..geometry import Levels, Window
 from ..layers import (
     FrameHolder,
@@ -65,6 +66,13 @@ class Half:
         scale = 1 if self.kind == "encode" else 2 ** len(pairs)
         height, width = scale * sample.shape[-2], scale * sample.shape[-1]
         rows, cols = [pair[0] for pair in pairs], [pair[1] for pair in pairs]
+        size = height if dim == 2 else width
+        if size < num_patches:
+            what = "rows" if dim == 2 else "columns"
+            raise ConfigError(
+                f"{size} {what} of pixels cannot be split over {num_patches} ranks: the largest world for this picture "
+                f"is {size}"
+            )
         if dim == 2:
             return Levels.down(height, width, num_patches, rows, cols)
         return Levels.down(width, height, num_patches, cols, rows)
