@@ -102,6 +102,26 @@ def test_messages_and_bytes_are_the_seams_and_the_picture() -> None:
         assert tally.bytes == sum(count for kind, count in num_bytes.items() if kind != "control")
 
 
+@pytest.mark.parametrize("name", NAMES)
+def test_what_a_rank_computes_and_holds_falls_with_the_world(name: str) -> None:
+    """The elements that come out of the decoder's modules on one of four ranks, but for the gathered picture."""
+    latents = latents_of(name, 1, 8, 6)
+
+    def elements(vae: Any) -> int:
+        counts: list[int] = []
+        inner = [module for module in vae.decoder.modules() if module is not vae.decoder]
+        hooks = [module.register_forward_hook(lambda m, x, out: counts.append(out.numel())) for module in inner]
+        decoded(vae, latents)
+        for hook in hooks:
+            hook.remove()
+        return sum(counts)
+
+    whole = elements(build_vae(name))
+    shares = df.run_ranks(4, lambda comm: elements(df.parallelize(build_vae(name), SYNC, comm)) / whole)
+    # Patches are a quarter each; to_k and to_v are asked within the attention, where they make own rows only.
+    assert shares == pytest.approx([0.25] * 4, rel=0.01)
+
+
 @pytest.mark.parametrize("name", ["kl", "tiny", "wan"])
 def test_slices_go_one_picture_at_a_time(name: str) -> None:
     latents, pixels = latents_of(name, 3), pixels_of(name, 3, 32, 32)

@@ -115,6 +115,8 @@ class Bench:
             ran = report(work.model)
             if ran.messages:
                 timing.messages, timing.num_bytes = ran.messages[-1], ran.bytes[-1]
+            for tally in ran.vae.values():
+                timing.messages, timing.num_bytes = tally.messages // tally.calls, tally.bytes // tally.calls
             peaks = comm.all_gather_object(memory.read())
             timing.peaks = [_largest(*pair) for pair in zip(timing.peaks or peaks, peaks, strict=True)]
 

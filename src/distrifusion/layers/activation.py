@@ -27,6 +27,6 @@ class PatchSiLU(Layer):
         if x.ndim != 4 or not x.numel() or module.inplace:  # not the picture (the time embedding), or no rows of it
             plain: Tensor = type(module).forward(module, x)
             return plain
-        out = empty_with_room(x, self.frame.dim)
+        out = empty_with_room(x, x.shape, self.frame.dim)
         torch.ops.aten.silu.out(x, out=out)
         return out

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -132,7 +132,8 @@ def with_halo(frame: Frame, key: str, patch: Tensor, inputs: Split, outputs: Spl
     lengths = [plan.zeros[0], plan.before, len(plan.own), plan.after, plan.zeros[1]]
     room: Tensor | None = getattr(patch, _ROOM, None)
     is_roomy = room is not None and (sum(lengths[:2]), lengths[2], sum(lengths[3:])) == (1, patch.shape[dim], 1)
-    rows = room if room is not None and is_roomy else _empty(patch, dim, plan.num_rows)
+    whole = (*patch.shape[:dim], plan.num_rows, *patch.shape[dim + 1 :])
+    rows = room if room is not None and is_roomy else _empty(patch, whole)
     zeros_before, before, own, after, zeros_after = torch.split(rows, lengths, dim)
     if not is_roomy:
         own.copy_(patch.narrow(dim, plan.own.start, len(plan.own)))  # while the halo travels
@@ -151,22 +152,22 @@ def with_halo(frame: Frame, key: str, patch: Tensor, inputs: Split, outputs: Spl
 _ROOM = "_distrifusion_room"  # on a patch: the tensor with one row more on each side in which it lies
 
 
-def empty_with_room(x: Tensor, dim: int) -> Tensor:
-    """An uninitialised patch like ``x`` with a row of room on each side in memory.
+def empty_with_room(like: Tensor, shape: Sequence[int], dim: int) -> Tensor:
+    """An uninitialised patch of ``shape`` with a row of room on each side in memory.
 
     A 3 x 3 convolution of this very tensor then needs no copy of the patch: its halo is written into the room.
     """
-    room = _empty(x, dim, x.shape[dim] + 2)
-    own = room.narrow(dim, 1, x.shape[dim])
+    roomy = list(shape)
+    roomy[dim] += 2
+    room = _empty(like, roomy)
+    own = room.narrow(dim, 1, shape[dim])
     setattr(own, _ROOM, room)
     return own
 
 
-def _empty(like: Tensor, dim: int, num_rows: int) -> Tensor:
-    shape = list(like.shape)
-    shape[dim] = num_rows
+def _empty(like: Tensor, shape: Sequence[int]) -> Tensor:
     layout = torch.channels_last if _is_channels_last(like) else torch.contiguous_format
-    return torch.empty(shape, dtype=like.dtype, device=like.device, memory_format=layout)
+    return torch.empty(list(shape), dtype=like.dtype, device=like.device, memory_format=layout)
 
 
 def _is_channels_last(x: Tensor) -> bool:

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..geometry import Nearest
-from .base import FrameHolder, Layer, with_halo
+from .base import FrameHolder, Layer, empty_with_room, with_halo
 
 
 class PatchUpsample(Layer):
@@ -51,10 +51,21 @@ def nearest(layer: Layer, x: Tensor, level: int, level_out: int) -> Tensor:
     if not len(out):
         return x.new_empty(*x.shape[:2], *sides)
     if len(out) == 2 * rows.shape[frame.dim] and outputs.size == 2 * inputs.size:
+        if sides == (2 * rows.shape[2], 2 * rows.shape[3]):
+            return _doubled(rows, frame.dim)
         return F.interpolate(rows, size=sides, mode="nearest")
     first = reader.source(out.start)
     index = torch.tensor([reader.source(row) - first for row in range(out.start, out.stop)], device=x.device)
     return F.interpolate(rows.index_select(frame.dim, index), size=sides, mode="nearest")
+
+
+def _doubled(rows: Tensor, dim: int) -> Tensor:
+    """Twice the rows and columns, with room for a halo: a convolution comes next."""
+    wide = F.interpolate(rows, size=(rows.shape[2], 2 * rows.shape[3]), mode="nearest")
+    out = empty_with_room(rows, (*rows.shape[:2], 2 * rows.shape[2], wide.shape[3]), dim)
+    for row in (0, 1):
+        out[:, :, row::2].copy_(wide)
+    return out
 
 
 class PatchInterpolate(Layer):
