@@ -17,6 +17,7 @@ def test_the_defaults_are_the_papers() -> None:
         "group_norm": "corrected",
         "codec": None,
         "context_window": None,
+        "text_encoders": "once",
     }
 
 

@@ -12,6 +12,7 @@ from .errors import ConfigError
 StrategyName = Literal["sync", "displaced", "naive", "shifted", "pipelined", "tensor"]
 SplitDim = Literal["rows", "cols"]
 GroupNormMode = Literal["corrected", "carried", "stale", "separate", "sync"]
+TextEncoders = Literal["once", "freed", "every"]
 
 BUILT: tuple[StrategyName, ...] = ("sync", "displaced", "naive")
 """Strategies that this release runs; the other names are reserved and refused with a line that says so."""
@@ -44,6 +45,9 @@ class ParallelConfig:
         context_window: None lets every patch attend to the whole picture. A number from 0 to 1 is the share of each
             neighbouring patch, its nearer rows, that a patch attends to beside itself (PCPP, arXiv 2412.02962);
             keys and values then go to neighbours only. Approximate, under ``sync`` too.
+        text_encoders: ``"once"``: each runs on one rank, which tells the others; several are spread over the ranks.
+            ``"freed"``: and the other ranks give up its memory until ``df.restore``, which is collective then.
+            ``"every"``: each runs on every rank.
 
     Raises:
         ConfigError: a value that is not one of these, printed with what would be right.
@@ -57,6 +61,7 @@ class ParallelConfig:
     group_norm: GroupNormMode = "corrected"
     codec: str | Mapping[str, str] | None = None
     context_window: float | None = None
+    text_encoders: TextEncoders = "once"
 
     def __post_init__(self) -> None:
         _one_of("strategy", self.strategy, get_args(StrategyName))
@@ -64,6 +69,7 @@ class ParallelConfig:
             raise ConfigError(f"strategy={self.strategy!r} is not built yet; choose one of {_quoted(BUILT)}")
         _one_of("split", self.split, get_args(SplitDim))
         _one_of("group_norm", self.group_norm, get_args(GroupNormMode))
+        _one_of("text_encoders", self.text_encoders, get_args(TextEncoders))
         _whole("cfg", self.cfg, 1)
         if self.cfg > 2:
             raise ConfigError(f"cfg={self.cfg} must be 1 or 2: guidance has two branches")
@@ -90,7 +96,8 @@ class ParallelConfig:
     def extras(self) -> list[str]:
         """What was asked for beyond the strategy, as ``name=value``."""
         names = ("codec", "context_window")
-        return [f"{name}={getattr(self, name)}" for name in names if getattr(self, name) is not None]
+        found = [f"{name}={getattr(self, name)}" for name in names if getattr(self, name) is not None]
+        return found + ([f"text_encoders={self.text_encoders}"] if self.text_encoders != "once" else [])
 
     def __str__(self) -> str:
         facts = [
