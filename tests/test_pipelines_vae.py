@@ -214,6 +214,15 @@ def test_a_vae_that_cannot_be_parallel_runs_whole_and_the_report_says_so(make: A
         assert report.vae == {}
 
 
+def test_a_vae_that_only_some_ranks_can_spread_is_told_before_the_first_step() -> None:
+    def rank(comm: Any) -> None:
+        with pytest.raises(df.RanksDisagree, match=r"VAE differs: rank 0 has parallel, rank 1 has Another runs whole"):
+            df.parallelize(pipe := without_table() if comm.rank else sd(), SYNC, comm)
+        assert [name for name, module in pipe.vae.named_modules() if "forward" in vars(module)] == []
+
+    df.run_ranks(2, rank)
+
+
 def test_restore_gives_the_vae_back_with_the_denoiser_and_alone() -> None:
     truth = painted(sd())
 

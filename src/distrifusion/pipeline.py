@@ -65,8 +65,9 @@ def parallelize(target: T, config: ParallelConfig | None = None, comm: Comm | No
     guidance = Guidance(mesh, comm)
     timesteps = _timesteps_of(target)
     is_shared = hasattr(vae, _MARK)
-    whole = _spread_vae(vae, config, comm, timesteps, is_target=not models)
     try:
+        whole = _spread_vae(vae, config, comm, timesteps, is_target=not models)
+        agree(comm, {"VAE": "; ".join(whole) or "parallel"})  # or a rank with offload would leave the others to wait
         for model in models:
             nets = [] if model is target else _controlnets(target)
             tables = [controlnet_table(net, model) for net in nets]

@@ -20,7 +20,7 @@ class Attached:
         """Attach those of ``layers`` that are new, and let go of those that are no longer among them.
 
         Raises:
-            DistrifusionError: one cannot be attached, or cannot be made; of the former none is then.
+            DistrifusionError: one cannot be made, and nothing changes; or cannot be attached, and none is any more.
         """
         wanted = {layer.place: layer for layer in layers}
         for known in [known for known in self._layers if known not in wanted]:
