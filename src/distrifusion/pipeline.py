@@ -71,14 +71,13 @@ def parallelize(target: T, config: ParallelConfig | None = None, comm: Comm | No
             if None in tables:  # their outputs are added up: all in patches, or all whole
                 notes += [f"{type(net).__name__} runs whole on every rank" for net in nets]
                 tables.clear()
-            if _is_compiled(target, model):
-                notes.append("torch.compile does nothing while parallel")
             feeders: list[ParallelDenoiser] = []
             shared: dict[str, Any] = {"guidance": guidance, "balance": Balance(config, mesh, comm)}
             for table in filter(None, tables):
                 feeders.append(ParallelDenoiser(table, config, comm, timesteps, **shared))
                 setattr(table.model, _MARK, feeders[-1])
             own = table_for(model)
+            shared["wrapper"] = _compiled_wrapper(target, model)
             parallel = ParallelDenoiser(own, config, comm, timesteps, feeders=feeders, notes=notes, **shared)
             setattr(model, _MARK, parallel)
     except Exception:
@@ -182,11 +181,10 @@ def _text_encoders(target: Any) -> dict[str, nn.Module]:
     return {name: module for name, module in modules.items() if not hasattr(module, "_hf_hook")}
 
 
-def _is_compiled(target: Any, model: nn.Module) -> bool:
+def _compiled_wrapper(target: Any, model: nn.Module) -> Any:
+    """What ``torch.compile(model)`` made, if it is the target, or in the target."""
     candidates = [target, *(getattr(target, name, None) for name in DENOISERS)]
-    return model._compiled_call_impl is not None or any(
-        getattr(candidate, "_orig_mod", None) is model for candidate in candidates
-    )
+    return next((each for each in candidates if getattr(each, "_orig_mod", None) is model), None)
 
 
 def _unwrapped(model: nn.Module) -> nn.Module:

@@ -62,7 +62,8 @@ class _Noting:
     """See Exchange: one patch, which has the whole picture. Notes what it is asked."""
 
     kind = "sync"
-    sees_latents = True
+    sees_peers = True
+    is_slow = False
 
     def __init__(self, layers: Sequence[Layer], batch: int) -> None:
         self.seams: list[Seam] = []
