@@ -22,6 +22,7 @@ from torch import Tensor, nn
 import distrifusion as df
 from distrifusion.models import supported
 from distrifusion.models.plans import PLANS
+from distrifusion.models.vae import PLANS as VAES
 from models import distance
 from pipelines import DISPLACED, EXACT, NUMPY_WARNINGS, SYNC, UNETS, check, drawing, sample, sd, unet
 
@@ -407,7 +408,8 @@ def test_a_model_offloaded_whole() -> None:
 def test_what_is_said_to_be_supported_names_its_checks() -> None:
     root = Path(__file__).parent.parent
     entries = supported()
-    known = ["UNet2DConditionModel", "UNet2DModel", "ControlNetModel", *(plan.model.__name__ for plan in PLANS)]
+    denoisers = ["UNet2DConditionModel", "UNet2DModel", "ControlNetModel", *(plan.model.__name__ for plan in PLANS)]
+    known = [*denoisers, *(vae.__name__ for vae in VAES)]
     assert [entry["class"] for entry in entries] == known
     assert {entry["diffusers"] for entry in entries} == {diffusers.__version__}
     for entry in entries:

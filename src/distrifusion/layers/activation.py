@@ -28,6 +28,6 @@ class PatchSiLU(Layer):
         if not is_picture or module.inplace or torch.compiler.is_compiling():  # a compiler sees to such copies
             plain: Tensor = self.plain(module, x)
             return plain
-        out = empty_with_room(x, self.frame.dim)
+        out = empty_with_room(x, x.shape, self.frame.dim)
         torch.ops.aten.silu.out(x, out=out)
         return out

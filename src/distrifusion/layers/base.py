@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from ..errors import UnsupportedModel
 from ..exchange import Exchange
 from ..geometry import Levels, Reader, Split, halo
-from .compiled import ask, empty_like_but, new_number, place_of
+from .compiled import ask, empty_like_but, layout_of, new_number, place_of
 
 
 @dataclass
@@ -197,12 +197,14 @@ def with_halo(frame: Frame, key: str, patch: Tensor, inputs: Split, outputs: Spl
 _ROOM = "_distrifusion_room"  # on a patch: the tensor with one row more on each side in which it lies
 
 
-def empty_with_room(x: Tensor, dim: int) -> Tensor:
-    """An uninitialised patch like ``x`` with a row of room on each side in memory.
+def empty_with_room(like: Tensor, shape: Sequence[int], dim: int) -> Tensor:
+    """An uninitialised patch of ``shape`` with a row of room on each side in memory.
 
     A 3 x 3 convolution of this very tensor then needs no copy of the patch: its halo is written into the room.
     """
-    room = empty_like_but(x, dim, x.shape[dim] + 2)
-    own = room.narrow(dim, 1, x.shape[dim])
+    roomy = list(shape)
+    roomy[dim] += 2
+    room = torch.empty(roomy, dtype=like.dtype, device=like.device, memory_format=layout_of(like))
+    own = room.narrow(dim, 1, shape[dim])
     setattr(own, _ROOM, room)
     return own

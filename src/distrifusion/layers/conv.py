@@ -79,13 +79,7 @@ class PatchConv(HaloLayer):
     def _forward(self, x: Tensor) -> Tensor:
         frame = self.frame
         outputs = frame.split(self.level_out)
-        if self.reads_whole and not frame.sees_peers:
-            own = frame.split(self.level).span(frame.patch)
-            x = x.narrow(frame.dim, own.start, len(own))
-        if self.reads_whole and frame.sees_peers:
-            rows = _window_of_whole(x, frame, outputs, self.windows[frame.dim - 2])
-        else:
-            rows = self.with_halo(frame, x)
+        rows = rows_read(self, frame, x, reads_whole=self.reads_whole)
         if not len(outputs.span(frame.patch)):
             channels = x.shape[1] if isinstance(self.module, nn.AvgPool2d) else self.module.out_channels
             return x.new_empty(x.shape[0], channels, *frame.sides(self.level_out, 0))
@@ -105,7 +99,21 @@ class PatchConv(HaloLayer):
         return F.conv2d(rows, module.weight, module.bias, module.stride, padding, module.dilation, module.groups)
 
 
-def _window_of_whole(x: Tensor, frame: Frame, outputs: Split, window: Window) -> Tensor:
+def rows_read(layer: HaloLayer, frame: Frame, x: Tensor, *, reads_whole: bool) -> Tensor:
+    """The rows that a convolution needs for its own rows of output, zeros beyond the picture included.
+
+    ``x`` is the own patch ``[B, C, rows, W]``, or with ``reads_whole`` the whole picture: nothing travels then.
+    """
+    if reads_whole:
+        inputs, outputs, window = layer.reach(frame)
+        if frame.sees_peers:
+            return _window_of_whole(x, frame, outputs, window)
+        own = inputs.span(frame.patch)
+        x = x.narrow(frame.dim, own.start, len(own))
+    return layer.with_halo(frame, x)
+
+
+def _window_of_whole(x: Tensor, frame: Frame, outputs: Split, window: Reader) -> Tensor:
     out = outputs.span(frame.patch)
     if not len(out):
         return x.narrow(frame.dim, 0, 0)

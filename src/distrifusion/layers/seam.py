@@ -157,10 +157,52 @@ def traceable(func: Callable[..., Any]) -> Callable[..., Any]:
     return torch.unflatten if func is Tensor.unflatten else func
 
 
+class PatchFrameAttention(Layer):
+    """Attention within each frame of a video, in a block without a processor: ``WanAttentionBlock``.
+
+    ``[B, C, frames, rows, W]`` -> the same; queries are of the own rows, keys and values of the whole frame.
+    """
+
+    def __init__(self, module: nn.Module, key: str, holder: FrameHolder, *, level: int) -> None:
+        super().__init__(module, key, holder)
+        self.level = level
+
+    @property
+    def forward(self) -> Callable[..., Any]:
+        """See Layer."""
+        return self._forward
+
+    def _forward(self, x: Tensor) -> Tensor:
+        if not x.numel():  # takes part in what its peers gather
+            nothing = x.new_empty(x.shape[0] * x.shape[2], 1, 0, x.shape[1])
+            self._gather(self.frame, nothing, nothing, 2)
+            return x
+        with _Attending(self, self.frame, 1):
+            output: Tensor = type(self.module).forward(self.module, x)
+        return output
+
+    def attend(
+        self,
+        frame: Frame,
+        attention: Callable[..., Any],
+        dim: int,
+        is_first: bool,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+    ) -> Any:
+        """``attention`` of own queries ``[B x frames, 1, tokens, C]`` over the keys of their whole frames."""
+        return attention(query, *self._gather(frame, key, value, dim))
+
+    def _gather(self, frame: Frame, k: Tensor, v: Tensor, dim: int) -> tuple[Tensor, Tensor]:
+        parts = frame.exchange.gather(self.key, (k, v), frame.num_tokens(self.level), dim).wait()
+        return torch.cat([part[0] for part in parts], dim), torch.cat([part[1] for part in parts], dim)
+
+
 class _Attending(TorchFunctionMode):
     """While a seam's module runs in this thread: its first attentions are over the whole picture."""
 
-    def __init__(self, seam: PatchSeam, frame: Frame, limit: int) -> None:
+    def __init__(self, seam: PatchSeam | PatchFrameAttention, frame: Frame, limit: int) -> None:
         super().__init__()
         self._seam, self._frame, self._limit = seam, frame, limit
         self._is_inside = False  # an attention, which calls another

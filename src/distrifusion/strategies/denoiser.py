@@ -13,9 +13,9 @@ from torch import nn
 
 from ..comm import Comm
 from ..config import ParallelConfig
-from ..errors import ConfigError, DistrifusionError, UnsupportedModel
+from ..errors import ConfigError, UnsupportedModel
 from ..geometry import Levels
-from ..layers import Frame, FrameHolder, Layer
+from ..layers import Attached, Frame, FrameHolder
 from ..mesh import Mesh
 from ..metrics import Report
 from ..models import Call, Table
@@ -80,7 +80,7 @@ class ParallelDenoiser:
         self._cost = Cost()  # of a feeder, until it is asked for
         self._strategy = strategy_for(config, self._guidance.patches)
         self._holder = FrameHolder()
-        self._layers: dict[tuple[int, str], Layer] = {}  # by their place
+        self._layers = Attached()
         self._pictures = Pictures(self._strategy, timesteps)
         self._dim = 2 if config.split == "rows" else 3
         has_halves = self._mesh.size("cfg") > 1 and not self._feeders
@@ -128,7 +128,7 @@ class ParallelDenoiser:
 
     def _check_unwrapped(self) -> None:
         found = [self.model] if self.model.__dict__.get("forward") != self._outer else []
-        found += [layer.module for layer in self._layers.values() if not layer.is_attached]
+        found += self._layers.lost()
         if found and not self._is_detached:
             raise ConfigError(
                 f"{type(found[0]).__name__} was wrapped by another library (offload, casting or cache hooks) after "
@@ -140,9 +140,7 @@ class ParallelDenoiser:
             return
         self._is_detached = True
         self._pictures.forget()
-        for layer in self._layers.values():
-            layer.detach()
-        self._layers.clear()
+        self._layers.detach()
         if self._previous is None:
             del self.model.forward
         else:
@@ -281,19 +279,7 @@ class ParallelDenoiser:
             raise ConfigError("cfg=2 does not work with PAG, whose branches must share a batch; use cfg=1")
         if self._mesh.size("patch") == 1:
             return
-        wanted = {layer.place: layer for layer in self._table.layers(self._holder)}
-        for known in [known for known in self._layers if known not in wanted]:
-            self._layers.pop(known).detach()
-        for known, layer in wanted.items():
-            if known not in self._layers and not layer.gives_way:
-                try:
-                    layer.attach()
-                except DistrifusionError:
-                    for attached in self._layers.values():
-                        attached.detach()
-                    self._layers.clear()
-                    raise
-                self._layers[known] = layer
+        self._layers.follow(self._table.layers(self._holder))
 
     def _new_report(self) -> Report:
         is_cut = self._mesh.size("patch") > 1
