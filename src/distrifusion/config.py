@@ -124,7 +124,7 @@ class ParallelConfig:
     def __str__(self) -> str:
         facts = [
             f"strategy={self.strategy} cfg={self.cfg} patch={self.patch or 'all'} split={self.split} "
-            f"warmup_steps={self.warmup_steps} group_norm={self.group_norm} text_encoders={self.text_encoders}"
+            f"warmup_steps={self.warmup_steps} text_encoders={self.text_encoders} group_norm={self.group_norm}"
         ]
         return " ".join(facts + self.extras)
 

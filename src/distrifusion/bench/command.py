@@ -20,13 +20,16 @@ if TYPE_CHECKING:
 def bench(
     model: Annotated[
         str,
-        typer.Option(help="A shape with random weights (sdxl, sdxl-mini, sd15, flux-mini, pixart-mini) or a folder."),
+        typer.Option(
+            help="A shape with random weights (sdxl, sdxl-mini, sd15, flux-mini, pixart-mini; vae-sd, vae-mini: its "
+            "decode) or a folder."
+        ),
     ] = "sdxl-mini",
     world: Annotated[
         list[int] | None, typer.Option(help="Ranks; may be given again. Default: 1 and 2, under torchrun 1 and all.")
     ] = None,
     strategy: Annotated[
-        list[str] | None, typer.Option(help="May be given again. Default: sync, displaced, naive.")
+        list[str] | None, typer.Option(help="May be given again. Default: sync, displaced, naive; sync for a VAE.")
     ] = None,
     codec: Annotated[
         list[str] | None,
@@ -108,9 +111,10 @@ class Order:
         from ..choices import check_device
         from ..config import ParallelConfig, codec_choices
         from .plan import Plan, cases_for, num_threads, parse_sizes
-        from .workload import check_name
+        from .workload import VAES, check_name
 
-        names = self.strategies or ["sync", "displaced", "naive"]
+        # A VAE is exact under every strategy.
+        names = self.strategies or (["sync"] if self.model in VAES else ["sync", "displaced", "naive"])
         strategies = [ParallelConfig(strategy=name).strategy for name in names]  # type: ignore[arg-type]
         codecs = codec_choices(self.codecs or ["none"])
         asked = ParallelConfig(context_window=self.context_window, balance=self.balance)

@@ -114,6 +114,8 @@ class Bench:
             if ran.messages:
                 timing.messages, timing.num_bytes = ran.messages[-1], ran.bytes[-1]
                 timing.slot_bytes = ran.slot_bytes
+            for tally in ran.vae.values():
+                timing.messages, timing.num_bytes = tally.messages // tally.calls, tally.bytes // tally.calls
             peaks = comm.all_gather_object(memory.read())
             timing.peaks = [_largest(*pair) for pair in zip(timing.peaks or peaks, peaks, strict=True)]
 

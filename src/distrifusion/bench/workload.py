@@ -1,4 +1,4 @@
-"""What is timed: a denoiser and the arguments of its call. Random weights do where only a model's shape matters."""
+"""What is timed: a denoiser or a VAE, and the arguments of a call. Random weights do where only the shape matters."""
 
 from __future__ import annotations
 
@@ -84,6 +84,20 @@ TRANSFORMERS: dict[str, tuple[str, dict[str, Any]]] = {
 }
 """A class of diffusers and its arguments by name; both have about 50 M parameters, and 4096 tokens at 1024 px."""
 
+_AUTOENCODER: dict[str, Any] = {
+    "down_block_types": ("DownEncoderBlock2D",) * 4,
+    "up_block_types": ("UpDecoderBlock2D",) * 4,
+    "layers_per_block": 2,
+    "latent_channels": 4,
+    "sample_size": 512,
+}
+
+VAES: dict[str, dict[str, Any]] = {
+    "vae-sd": {**_AUTOENCODER, "block_out_channels": (128, 256, 512, 512)},
+    "vae-mini": {**_AUTOENCODER, "block_out_channels": (32, 64, 128, 128)},
+}
+"""Arguments of ``AutoencoderKL`` by name: Stable Diffusion's, and one a quarter as wide. A step is a decode."""
+
 TEXT_TOKENS = 77
 TIME = 500
 
@@ -96,9 +110,9 @@ Noise = Callable[..., Tensor]
 
 @dataclass
 class Workload:
-    """A denoiser and the arguments of one call; its latents are drawn anew for each step.
+    """A model and the arguments of one call; its latents are drawn anew for each step.
 
-    ``given(height, width)`` makes shape and arguments for another size of latent.
+    ``given(height, width)`` makes shape and arguments for another size of latent. ``method`` is the one to call.
     """
 
     model: nn.Module
@@ -107,7 +121,8 @@ class Workload:
     dtype: torch.dtype
     device: torch.device
     given: Callable[[int, int], Given]
-    sample_name: str = "sample"
+    sample_name: str
+    method: str
 
     def resized(self, height: int, width: int) -> Workload:
         """The same model and words, with latents of ``height`` x ``width``."""
@@ -122,8 +137,8 @@ class Workload:
         return (first + 0.01 * drift).to(self.device, self.dtype)
 
     def run(self, sample: Tensor) -> Any:
-        """Call the denoiser."""
-        return self.model(**{self.sample_name: sample}, **self.arguments)
+        """Call the model."""
+        return getattr(self.model, self.method)(**{self.sample_name: sample}, **self.arguments)
 
 
 def check_name(name: str) -> None:
@@ -132,9 +147,9 @@ def check_name(name: str) -> None:
     Raises:
         ConfigError: neither a shape nor a folder with a ``unet``; lists the shapes.
     """
-    if name not in SHAPES and name not in TRANSFORMERS and not (Path(name) / "unet" / "config.json").is_file():
-        shapes = ", ".join((*SHAPES, *TRANSFORMERS))
-        raise ConfigError(f"model {name!r} is neither a folder with a unet nor one of the shapes {shapes}")
+    shapes = (*SHAPES, *TRANSFORMERS, *VAES)
+    if name not in shapes and not (Path(name) / "unet" / "config.json").is_file():
+        raise ConfigError(f"model {name!r} is neither a folder with a unet nor one of the shapes {', '.join(shapes)}")
 
 
 def load(
@@ -146,7 +161,7 @@ def load(
     device: str = "cpu",
     text_tokens: int = TEXT_TOKENS,
 ) -> Workload:
-    """The denoiser called ``name`` (a shape, or a folder with a ``unet``) and its arguments, the same on all ranks.
+    """The model called ``name`` (a shape, or a folder with a ``unet``) and its arguments, the same on all ranks.
 
     ``height`` and ``width`` are those of the latents, in pixels / 8.
 
@@ -160,6 +175,9 @@ def load(
     if name in TRANSFORMERS:
         kind, settings = TRANSFORMERS[name]
         model = getattr(diffusers, kind)(**settings)
+    elif name in VAES:
+        model = diffusers.AutoencoderKL(**VAES[name])
+        model.encoder = None  # which no step calls, and whose weights would count as memory
     elif name in SHAPES:
         model = diffusers.UNet2DConditionModel(**SHAPES[name])
     else:
@@ -170,11 +188,14 @@ def load(
     def noise(*shape: int) -> Tensor:
         return torch.randn(shape, generator=generator).to(device, dtype)
 
-    words = {"UNet2DConditionModel": _unet, "FluxTransformer2DModel": _flux, "PixArtTransformer2DModel": _pixart}
-    given = words[type(model).__name__](model.config, batch, text_tokens, noise)
+    words, *called = _CALLS[type(model).__name__]
+    given = words(model.config, batch, text_tokens, noise)
     shape, arguments = given(height, width)
-    sample_name = "sample" if name not in TRANSFORMERS else "hidden_states"
-    return Workload(model, arguments, shape, dtype, torch.device(device), given, sample_name)
+    return Workload(model, arguments, shape, dtype, torch.device(device), given, *called)
+
+
+def _decode(config: Any, batch: int, noise: Callable[..., Tensor]) -> Callable[[int, int], Given]:
+    return lambda height, width: ((batch, config.latent_channels, height, width), {})
 
 
 def _unet(config: Any, batch: int, text_tokens: int, noise: Noise) -> Callable[[int, int], Given]:
@@ -219,3 +240,12 @@ def _pixart(config: Any, batch: int, text_tokens: int, noise: Noise) -> Callable
         "added_cond_kwargs": {"resolution": None, "aspect_ratio": None},
     }
     return lambda height, width: ((batch, config.in_channels, height, width), words)
+
+
+_CALLS: dict[str, Any] = {
+    "UNet2DConditionModel": (_unet, "sample", "__call__"),
+    "FluxTransformer2DModel": (_flux, "hidden_states", "__call__"),
+    "PixArtTransformer2DModel": (_pixart, "hidden_states", "__call__"),
+    "AutoencoderKL": (_decode, "z", "decode"),
+}
+"""By class: the other arguments of a call, the name of the latents among them, and the method to call."""

@@ -134,6 +134,11 @@ class TorchComm(BaseComm):
         """See `Comm.wire`."""
         return self._wire.name if self._wire is not None else "nothing"
 
+    @property
+    def is_slow(self) -> bool:
+        """See `Comm.is_slow`. Gloo is: it goes over a network, or through a thread that must get a core first."""
+        return isinstance(self._wire, GlooChannel)
+
     def _join(self, ranks: Sequence[int], names: Sequence[int] | None) -> None:
         """Take the place in a group of global ``ranks``; ``names`` are what errors call them."""
         self._ranks = list(ranks)

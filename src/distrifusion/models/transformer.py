@@ -26,6 +26,7 @@ from ..layers import (
     PatchEntry,
     PatchExit,
     PatchLinearAttention,
+    PatchPrompt,
     PatchSeam,
     PatchSides,
 )
@@ -71,6 +72,7 @@ class Plan:
         cuts: arguments that hold the tokens of the whole picture, or are lists or tuples of such, and how. One without
             that dim, or of 1 there, is for all tokens and stays, such as a timestep.
         texts: attentions that see no image token among their keys, or belong to the text alone.
+        prompts: modules that read the text and nothing else, the same in every step: they run once per picture.
         conditions: arguments that stay the same in a picture and guidance branch.
         unknown: arguments that are refused when given.
     """
@@ -92,6 +94,7 @@ class Plan:
     sides: tuple[str, ...] = ()
     cuts: Mapping[str, Tokens] = field(default_factory=dict)
     texts: tuple[str, ...] = ()
+    prompts: tuple[str, ...] = ()
     conditions: tuple[str, ...] = ("encoder_hidden_states",)
     unknown: tuple[str, ...] = ()
 
@@ -160,6 +163,8 @@ class TransformerTable:
             elif name == plan.exit:
                 pattern = name
                 yield PatchExit(module, name, holder, tokens=plan.leaving)
+            elif (pattern := _match(name, plan.prompts)) is not None:
+                yield PatchPrompt(module, name, holder)
             elif hasattr(module, "processor") and _match(name, plan.texts) is None:
                 raise unsupported(module, name, "is an attention that the plan of its model does not name")
             elif isinstance(module, _READS_BEYOND) and not any(name.startswith(entry) for entry in plan.entries):

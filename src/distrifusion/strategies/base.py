@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 from ..comm.residual import Wire
@@ -23,6 +23,7 @@ class State:
     is_checked: bool = False  # whether the ranks have compared what they were given
     is_halved: bool = False  # whether only one half of the ranks makes its steps
     last: Any = None  # what a call gave, for shapes and class
+    memory: dict[str, Any] = field(default_factory=dict)  # what layers keep from step to step, by name
 
     def restart(self, fresh: State) -> None:
         """Begin anew, as ``fresh``, in the same picture."""

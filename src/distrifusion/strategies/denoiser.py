@@ -13,9 +13,9 @@ from torch import nn
 
 from ..comm import Comm
 from ..config import ParallelConfig
-from ..errors import ConfigError, DistrifusionError, UnsupportedModel
+from ..errors import ConfigError, UnsupportedModel
 from ..geometry import Levels
-from ..layers import Frame, FrameHolder, Layer
+from ..layers import Attached, Frame, FrameHolder
 from ..mesh import Mesh
 from ..metrics import Report
 from ..models import Call, Table
@@ -23,6 +23,7 @@ from . import strategy_for
 from .agreement import check_call, check_latents, probe
 from .balance import Balance
 from .base import State
+from .compiling import Compiling
 from .guidance import Guidance, Halves
 from .pairs import Pairs, Ran
 from .pictures import Pictures
@@ -44,6 +45,7 @@ class ParallelDenoiser:
         feeders: models that run before this one in each step and leave their outputs to it in patches, such as
             ControlNets. They are reported, reset and detached with it.
         notes: what the report is to say beside the numbers.
+        wrapper: see `Compiling`.
 
     Raises:
         ConfigError: the world does not fit the configuration.
@@ -61,6 +63,7 @@ class ParallelDenoiser:
         balance: Balance | None = None,
         feeders: Sequence[ParallelDenoiser] = (),
         notes: Sequence[str] = (),
+        wrapper: Any = None,
     ) -> None:
         if config.context_window is not None and not table.has_window:
             raise UnsupportedModel(
@@ -77,7 +80,7 @@ class ParallelDenoiser:
         self._cost = Cost()  # of a feeder, until it is asked for
         self._strategy = strategy_for(config, self._guidance.patches)
         self._holder = FrameHolder()
-        self._layers: dict[tuple[int, str], Layer] = {}  # by their place
+        self._layers = Attached()
         self._pictures = Pictures(self._strategy, timesteps)
         self._dim = 2 if config.split == "rows" else 3
         has_halves = self._mesh.size("cfg") > 1 and not self._feeders
@@ -86,8 +89,9 @@ class ParallelDenoiser:
         self._pairs = Pairs(branch, self._run, self._skip, self._deliver, start, self._pictures.place, self._guarded)
         self._leaving: State | None = None  # of the call whose last words go behind its prediction
         self._kind = "sync"  # how fresh the last call was
-        self.report = self._new_report()
         self._inner: Callable[..., Any] = table.model.forward
+        self._compiling = Compiling(table.model, self._inner, wrapper)
+        self.report = self._new_report()
         self._previous = table.model.__dict__.get("forward")
         self._attach_layers()
 
@@ -95,7 +99,7 @@ class ParallelDenoiser:
         def forward(*args: Any, **kwargs: Any) -> Any:
             return self._forward(*args, **kwargs)
 
-        # Collectives and clocks are not for a compiler, which would make crumbs of what is between them.
+        # Collectives and clocks are not for a compiler, which would make crumbs of what is between them. See Compiling.
         self._outer: Callable[..., Any] = torch.compiler.disable(forward)  # type: ignore[no-untyped-call]
         self._is_detached = False
         self.model.forward = self._outer
@@ -124,7 +128,7 @@ class ParallelDenoiser:
 
     def _check_unwrapped(self) -> None:
         found = [self.model] if self.model.__dict__.get("forward") != self._outer else []
-        found += [layer.module for layer in self._layers.values() if not layer.is_attached]
+        found += self._layers.lost()
         if found and not self._is_detached:
             raise ConfigError(
                 f"{type(found[0]).__name__} was wrapped by another library (offload, casting or cache hooks) after "
@@ -136,9 +140,7 @@ class ParallelDenoiser:
             return
         self._is_detached = True
         self._pictures.forget()
-        for layer in self._layers.values():
-            layer.detach()
-        self._layers.clear()
+        self._layers.detach()
         if self._previous is None:
             del self.model.forward
         else:
@@ -211,7 +213,9 @@ class ParallelDenoiser:
         exchange = self._strategy.policy(state)
         patch, window = self._mesh.coordinate(self._comm.rank, "patch"), self._config.context_window
         num_frames, num_guests = self._table.num_frames(call), self._table.num_guests(call)
-        frame = Frame(patch, self._dim, levels, exchange, num_frames, num_guests, context_window=window)
+        frame = Frame(
+            patch, self._dim, levels, exchange, num_frames, num_guests, context_window=window, memory=state.memory
+        )
         fed = [feeder.take_cost() for feeder in self._feeders]
         own_call = self._own_batch(call)
         if num_patches > 1:
@@ -219,7 +223,7 @@ class ParallelDenoiser:
             self._holder.frame = frame
         with self._balance.measuring():
             exchange.begin()
-            result = self._inner(**own_call.arguments)
+            result = self._compiling.forward()(**own_call.arguments)
             if num_patches > 1:
                 result = self._table.finish(result, frame)
             own = self._table.fold(result[0], own_call, frame) if self._table.gathers else call.sample
@@ -275,24 +279,13 @@ class ParallelDenoiser:
             raise ConfigError("cfg=2 does not work with PAG, whose branches must share a batch; use cfg=1")
         if self._mesh.size("patch") == 1:
             return
-        wanted = {layer.place: layer for layer in self._table.layers(self._holder)}
-        for known in [known for known in self._layers if known not in wanted]:
-            self._layers.pop(known).detach()
-        for known, layer in wanted.items():
-            if known not in self._layers:
-                try:
-                    layer.attach()
-                except DistrifusionError:
-                    for attached in self._layers.values():
-                        attached.detach()
-                    self._layers.clear()
-                    raise
-                self._layers[known] = layer
+        self._layers.follow(self._table.layers(self._holder))
 
     def _new_report(self) -> Report:
         is_cut = self._mesh.size("patch") > 1
-        extras = [extra if is_cut else f"{extra} does nothing without patches" for extra in self._config.extras]
-        return Report(self._config.strategy, str(self._mesh), self._config.split, notes=[*extras, *self._notes])
+        notes = [extra if is_cut else f"{extra} does nothing without patches" for extra in self._config.extras]
+        notes += self._notes + ([self._compiling.note] if self._compiling.note else [])
+        return Report(self._config.strategy, str(self._mesh), self._config.split, notes=notes)
 
 
 @dataclass
