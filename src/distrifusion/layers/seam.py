@@ -122,7 +122,7 @@ class PatchSeam(Layer):
         if is_eager and frame.exchange.is_slow and can_merge(query, key, value, attn_mask, *args, **kwargs):
             return self._attend_own_first(frame, place, query, key, value, **kwargs)
         if dim == 1 and key.device.type == "cpu":
-            # Put together head by head: the CPU's kernel reads keys that lie so 5 to 10 % faster, to the same bits.
+            # Put together head by head: the CPU's kernel reads keys that lie so faster, and the bits are the same.
             k, v = (x.transpose(1, 2) for x in self.gather(frame, key.transpose(1, 2), value.transpose(1, 2), 2, place))
         else:
             k, v = self.gather(frame, key, value, dim, place)
