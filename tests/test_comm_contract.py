@@ -45,6 +45,20 @@ def assert_same(got: Any, wanted: Any) -> None:
         assert torch.equal(one, other)
 
 
+# --- what it says of itself
+
+
+def says_the_same_of_its_wire(comm: Comm) -> None:
+    assert comm.all_gather_object((comm.wire, comm.is_slow)) == [(comm.wire, comm.is_slow)] * comm.world
+    part = comm.split([[rank] for rank in range(comm.world)])
+    assert not part.is_slow  # alone
+
+
+@pytest.mark.parametrize("world", WORLDS)
+def test_ranks_agree_on_what_their_wire_is(ranks, world):
+    ranks.run(world, says_the_same_of_its_wire)
+
+
 # --- swap
 
 

@@ -118,6 +118,7 @@ def carries(comm, where_not):
     assert heard == {peer: [peer] for peer in peers}
     assert part.all_gather_object(part.rank) == list(range(part.world))
     wire, kind = part.wire, type(route).__name__
+    assert part.is_slow == (wire == "gloo")
     part.close()
     return wire, kind
 

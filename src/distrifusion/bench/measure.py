@@ -23,8 +23,6 @@ from .plan import LATENT, Case, Plan
 from .trace import Recorder, merge, refuse_other_clocks
 from .workload import Workload, load
 
-WARM_UP = 2  # steps before the timed ones: the first fills the slots, the first displaced step allocates its messages
-
 
 @dataclass
 class Timing:
@@ -99,7 +97,7 @@ class Bench:
 
     def _time(self, timing: Timing) -> None:
         comm, work = self._comms[timing.case.world], self._work[timing.size]
-        samples = [work.sample(step) for step in range(WARM_UP + self._plan.steps)]
+        samples = [work.sample(step) for step in range(timing.case.num_untimed + self._plan.steps)]
         memory, busy = PeakMemory(work.device), list[float]()
         with _spread(work, timing.case, comm):
             comm.barrier()
@@ -107,7 +105,7 @@ class Bench:
             for step, sample in enumerate(samples):
                 started, used, waited = perf_counter(), process_time(), comm.meter.waited
                 _call(work, sample)
-                if step >= WARM_UP:
+                if step >= timing.case.num_untimed:
                     timing.seconds.append(perf_counter() - started)
                     busy.append(process_time() - used)
                     timing.waited.append(comm.meter.waited - waited)
@@ -116,6 +114,8 @@ class Bench:
             if ran.messages:
                 timing.messages, timing.num_bytes = ran.messages[-1], ran.bytes[-1]
                 timing.slot_bytes = ran.slot_bytes
+            for tally in ran.vae.values():
+                timing.messages, timing.num_bytes = tally.messages // tally.calls, tally.bytes // tally.calls
             peaks = comm.all_gather_object(memory.read())
             timing.peaks = [_largest(*pair) for pair in zip(timing.peaks or peaks, peaks, strict=True)]
 
@@ -124,10 +124,10 @@ class Bench:
         ranks = "1 rank" if comm.world == 1 else f"{comm.world} ranks"
         label = f"{timing.case.name}, {ranks}, {timing.size[0]} x {timing.size[1]}"
         with recorder.modules(work.model), _spread(work, timing.case, comm):
-            for step in range(WARM_UP + self._plan.steps):
+            for step in range(timing.case.num_untimed + self._plan.steps):
                 sample = work.sample(step)
                 comm.barrier()
-                if step == WARM_UP:
+                if step == timing.case.num_untimed:
                     recorder.start()
                 with recorder.step(label):
                     _call(work, sample)

@@ -62,6 +62,11 @@ class BaseComm:
         return PlainRoute(self, layout, kind)
 
     @property
+    def is_slow(self) -> bool:
+        """See `Comm.is_slow`."""
+        return False
+
+    @property
     def _control(self) -> torch.device:
         """Where the bytes of objects live while they travel."""
         return torch.device("cpu")

@@ -95,6 +95,14 @@ class Comm(Protocol):
         """What tensors on ``device`` travel over, for reports."""
         ...
 
+    @property
+    def is_slow(self) -> bool:
+        """Whether a message takes so long that what can be computed before it arrives should be, at a small price.
+
+        The same on all ranks, and at all times: a result that depended on who was late would be another in each run.
+        """
+        ...
+
     def swap(self, sends: Mapping[int, Tensor], recvs: Mapping[int, Tensor], *, kind: str) -> Pending[None]:
         """Send to some peers and receive from some, all at once, in place.
 

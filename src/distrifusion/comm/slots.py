@@ -164,6 +164,11 @@ class Slots:
         return key in self._entries
 
     @property
+    def is_empty(self) -> bool:
+        """Whether no step has left words."""
+        return not self._entries
+
+    @property
     def num_bytes(self) -> int:
         """Bytes of one step's words, as they are sent."""
         return sum(chunk.num_bytes for chunk in self._chunks)

@@ -8,7 +8,6 @@ from __future__ import annotations
 import threading
 from collections import Counter
 from collections.abc import Callable, Hashable, Mapping, Sequence
-from time import perf_counter
 from typing import TypeVar
 
 import torch
@@ -189,7 +188,7 @@ class ThreadComm(BaseComm):
 
     def _waiting(self, wait: Callable[[], T], kind: str, flight: list[Message]) -> T:
         """Call ``wait`` on the clock; a loss is passed on by leaving."""
-        start = perf_counter()
+        start = self.meter.waits()
         try:
             return wait()
         except PeerLost as loss:

@@ -11,7 +11,6 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from datetime import timedelta
 from functools import partial
-from time import perf_counter
 from traceback import clear_frames
 from typing import Any
 
@@ -134,6 +133,11 @@ class TorchComm(BaseComm):
     def wire(self) -> str:
         """See `Comm.wire`."""
         return self._wire.name if self._wire is not None else "nothing"
+
+    @property
+    def is_slow(self) -> bool:
+        """See `Comm.is_slow`. Gloo is: it goes over a network, or through a thread that must get a core first."""
+        return isinstance(self._wire, GlooChannel)
 
     def _join(self, ranks: Sequence[int], names: Sequence[int] | None) -> None:
         """Take the place in a group of global ``ranks``; ``names`` are what errors call them."""
@@ -333,7 +337,7 @@ class _Launched:
             return self._result
         comm, launched = self._comm, self._launched
         comm._lines.check()
-        start = perf_counter()
+        start = comm.meter.waits()
         try:
             while launched.works:  # no local name for a work: it would keep the sockets open after a loss
                 with comm._losing(comm._named(launched.works[0][1])):

@@ -40,7 +40,9 @@ def anatomy_of(model: nn.Module, *args: Any, **kwargs: Any) -> Anatomy:
     call = table.bind(args, kwargs)
     layers = list(table.layers(holder))
     noting = _Noting(layers, call.sample.shape[0])
-    frame = Frame(0, 2, table.levels(*table.size(call), 1, 2), noting, table.num_frames(call), table.num_guests(call))
+    frame = Frame(
+        0, 2, table.levels(*table.size(call), (1.0,), 2), noting, table.num_frames(call), table.num_guests(call)
+    )
     noting.num_frames = frame.num_frames
     with ExitStack() as attached, torch.no_grad():
         for layer in layers:
@@ -60,7 +62,8 @@ class _Noting:
     """See Exchange: one patch, which has the whole picture. Notes what it is asked."""
 
     kind = "sync"
-    sees_latents = True
+    sees_peers = True
+    is_slow = False
 
     def __init__(self, layers: Sequence[Layer], batch: int) -> None:
         self.seams: list[Seam] = []
