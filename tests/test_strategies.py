@@ -6,12 +6,14 @@ from typing import Any
 
 import pytest
 import torch
+from diffusers import UNet2DConditionModel
 from torch import Tensor, nn
 
 import distrifusion as df
 from distrifusion.comm import Comm, Meter, Tracer
 from distrifusion.metrics import Report
-from models import build, conditioning, distance, latents
+from models import SHAPES, build, conditioning, distance, latents
+from pipelines import drawing
 from reference import DisplacedReference, owners
 
 EXACT = 1e-5  # another order of float32 sums; see test_layers.py
@@ -187,6 +189,29 @@ def test_a_displaced_step_sends_at_most_8_messages(world: int, rows: int) -> Non
         assert report.messages[1] <= 8
         assert set(meters[1].messages) <= {"chunk", "output"}  # nothing that waits, and no control within a picture
         assert meters[1].messages["output"] == 1
+
+
+@pytest.mark.parametrize(
+    "settings", [{}, {"codec": "1bit"}, {"context_window": 0.5}, {"codec": "int8", "split": "cols"}]
+)
+def test_messages_do_not_grow_with_the_number_of_layers(settings: dict[str, Any]) -> None:
+    sample, arguments = latents("sd15", 1, 16, 16), conditioning("sd15")
+    build("sd15")
+
+    def rank(comm: Comm, num: int) -> tuple[int, int]:
+        with drawing(1):
+            model = UNet2DConditionModel(**{**SHAPES["sd15"].settings, "layers_per_block": num})
+        df.parallelize(model.eval().requires_grad_(False), displaced(**settings), comm)
+        for _ in range(2):
+            model(sample, 500, **arguments)
+        report = df.report(model)
+        return report.messages[0], report.messages[1]
+
+    for world in (2, 3):
+        counts = [df.run_ranks(world, lambda comm, n=num: rank(comm, n)) for num in (1, 4)]
+        for few, many in zip(*counts, strict=True):
+            assert many[0] > 1.8 * few[0]
+            assert many[1] <= few[1] <= 8
 
 
 @pytest.mark.parametrize("world", [2, 3])
