@@ -151,7 +151,7 @@ def test_the_table_shows_every_row_and_says_what_is_not_known() -> None:
 
     plan = Plan("sdxl-mini", ((1024, 768), (64, 64)), 1, (Case(None), Case("sync", 2)))
     bare = Timing(plan.cases[0], (1024, 768), [2.0], [2.0], [0.0], peaks=[3 << 30])
-    sync = Timing(plan.cases[1], (1024, 768), [1.0], [2.0], [0.1], 103, 1 << 20, [2 << 30, None])
+    sync = Timing(plan.cases[1], (1024, 768), [1.0], [2.0], [0.1], 103, 1 << 20, peaks=[2 << 30, None])
     console = Console(width=200)
     with console.capture() as capture:
         console.print(table(summary(plan, [bare, sync], "gloo")))

@@ -194,7 +194,7 @@ def load(
     return Workload(model, arguments, shape, dtype, torch.device(device), given, *called)
 
 
-def _decode(config: Any, batch: int, noise: Callable[..., Tensor]) -> Callable[[int, int], Given]:
+def _decode(config: Any, batch: int, _: int, noise: Noise) -> Callable[[int, int], Given]:
     return lambda height, width: ((batch, config.latent_channels, height, width), {})
 
 
