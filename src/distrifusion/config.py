@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Any, Literal, get_args
 
 from .errors import ConfigError
@@ -13,8 +13,17 @@ StrategyName = Literal["sync", "displaced", "naive", "shifted", "pipelined", "te
 SplitDim = Literal["rows", "cols"]
 GroupNormMode = Literal["corrected", "carried", "stale", "separate", "sync"]
 
-BUILT: tuple[StrategyName, ...] = ("sync", "displaced", "naive")
+Topology = Literal["plane", "ring-x", "torus"]
+Latents = Literal["rows", "whole"]
+
+BUILT: tuple[StrategyName, ...] = ("sync", "displaced", "naive", "shifted")
 """Strategies that this release runs; the other names are reserved and refused with a line that says so."""
+
+SHIFTS = ("golden", "random")
+"""Ways to move the borders of ``shifted``, beside a number of rows."""
+
+ALONE: tuple[StrategyName, ...] = ("naive", "shifted")
+"""Strategies that exchange nothing inside the denoiser."""
 
 CODECS = ("fp16", "bf16", "int8", "int4", "int2", "1bit")
 """Codecs for what travels between ranks, see docs/codecs.md."""
@@ -29,11 +38,13 @@ class ParallelConfig:
 
     Args:
         strategy: ``"sync"`` is exact, ``"displaced"`` reuses the previous step's features of the peers
-            (DistriFusion, arXiv 2402.19481), ``"naive"`` exchanges nothing inside the denoiser (the baseline).
+            (DistriFusion, arXiv 2402.19481), ``"naive"`` exchanges nothing inside the denoiser (the baseline), and
+            ``"shifted"`` neither, but moves the borders at every step (SpotDiffusion, arXiv 2407.15507).
         cfg: 2 runs the conditional and the unconditional branch of classifier-free guidance on separate ranks.
         patch: ranks along the picture; None takes all that ``cfg`` leaves.
         split: ``"rows"`` or ``"cols"`` of the latent.
-        warmup_steps: synchronous steps after the first one; ``displaced`` only (0: only the first is synchronous).
+        warmup_steps: synchronous steps after the first one under ``displaced`` (0: only the first is synchronous);
+            synchronous steps at all under ``shifted``, whose first step needs no other.
         group_norm: statistics under ``displaced``: ``"corrected"`` (the paper's: all old, moved by the own change),
             ``"carried"`` (the peers' patches taken to have changed much as the own one; nearer to one device),
             ``"stale"`` (peers' old, own fresh), ``"separate"`` (own only) or ``"sync"`` (exact, waits).
@@ -44,6 +55,16 @@ class ParallelConfig:
         context_window: None lets every patch attend to the whole picture. A number from 0 to 1 is the share of each
             neighbouring patch, its nearer rows, that a patch attends to beside itself (PCPP, arXiv 2412.02962);
             keys and values then go to neighbours only. Approximate, under ``sync`` too.
+        topology: ``"plane"``; ``"ring-x"``: the left edge of the picture meets the right one, as in a panorama of 360
+            degrees; ``"torus"``: top and bottom meet too, as in a tile. On one device too. Models without positions.
+        shift: how far ``shifted`` moves the borders: ``"golden"`` (by the golden ratio of a patch at every step),
+            ``"random"``, or a number of rows of latent per step; 0 is ``"naive"``.
+        shift_seed: of ``shift="random"``.
+        overlap: rows of latent that each patch of ``shifted`` computes beyond its own on both sides; there the
+            predictions are blended (MultiDiffusion, arXiv 2302.08113).
+        latents: what a rank of ``shifted`` knows between steps: ``"rows"`` of its own, so that only those that enter
+            its patch travel; a callback that looks at the latents must then look on every rank. ``"whole"`` sends all
+            predictions to all ranks, as the other strategies do. The same picture.
 
     Raises:
         ConfigError: a value that is not one of these, printed with what would be right.
@@ -57,6 +78,11 @@ class ParallelConfig:
     group_norm: GroupNormMode = "corrected"
     codec: str | Mapping[str, str] | None = None
     context_window: float | None = None
+    topology: Topology = "plane"
+    shift: str | int = "golden"
+    shift_seed: int = 0
+    overlap: int = 0
+    latents: Latents = "rows"
 
     def __post_init__(self) -> None:
         _one_of("strategy", self.strategy, get_args(StrategyName))
@@ -74,11 +100,29 @@ class ParallelConfig:
         object.__setattr__(self, "codec", _codec_text(self.codec))
         _share("context_window", self.context_window)
         for name in ("codec", "context_window"):
-            if self.strategy == "naive" and getattr(self, name) is not None:
+            if self.strategy in ALONE and getattr(self, name) is not None:
                 raise ConfigError(
-                    f"{name}={getattr(self, name)!r} does nothing under strategy='naive', which exchanges nothing "
-                    "inside the denoiser; leave it out"
+                    f"{name}={getattr(self, name)!r} does nothing under strategy={self.strategy!r}, which exchanges "
+                    "nothing inside the denoiser; leave it out"
                 )
+        _one_of("topology", self.topology, get_args(Topology))
+        _one_of("latents", self.latents, get_args(Latents))
+        if (
+            isinstance(self.shift, bool)
+            or not (self.shift in SHIFTS or isinstance(self.shift, int))
+            or (isinstance(self.shift, int) and self.shift < 0)
+        ):
+            raise ConfigError(f"shift={self.shift!r} must be one of {_quoted(SHIFTS)}, or a number of rows")
+        _whole("shift_seed", self.shift_seed, 0)
+        _whole("overlap", self.overlap, 0)
+        if self.strategy != "shifted":
+            for field in fields(self):
+                value = getattr(self, field.name)
+                if field.name in _OF_SHIFTED and value != field.default:
+                    raise ConfigError(
+                        f"{field.name}={value!r} does nothing under strategy={self.strategy!r}, only under 'shifted'; "
+                        "leave it out"
+                    )
 
     @property
     def codecs(self) -> dict[str, str]:
@@ -89,8 +133,9 @@ class ParallelConfig:
     @property
     def extras(self) -> list[str]:
         """What was asked for beyond the strategy, as ``name=value``."""
-        names = ("codec", "context_window")
-        return [f"{name}={getattr(self, name)}" for name in names if getattr(self, name) is not None]
+        extras = [field for field in fields(self) if field.name in _EXTRAS]
+        given = [f"{field.name}={value}" for field in extras if (value := getattr(self, field.name)) != field.default]
+        return [f"shift={self.shift}", *given] if self.strategy == "shifted" else given
 
     def __str__(self) -> str:
         facts = [
@@ -98,6 +143,15 @@ class ParallelConfig:
             f"warmup_steps={self.warmup_steps} group_norm={self.group_norm}"
         ]
         return " ".join(facts + self.extras)
+
+
+_OF_SHIFTED = ("shift", "shift_seed", "overlap", "latents")
+_EXTRAS = ("codec", "context_window", "topology", "shift_seed", "overlap", "latents")
+
+
+def shift_choice(text: str) -> str | int:
+    """What the command line calls a shift: a name, or a number of rows."""
+    return int(text) if text.isascii() and text.isdigit() else text
 
 
 def codec_choices(names: Sequence[str]) -> list[str | None]:

@@ -24,7 +24,8 @@ class PatchSiLU(Layer):
 
     def _forward(self, x: Tensor) -> Tensor:
         module = self.module
-        if x.ndim != 4 or not x.numel() or module.inplace:  # not the picture (the time embedding), or no rows of it
+        # Not the picture (the time embedding), no rows of it, or a patch without a halo.
+        if x.ndim != 4 or not x.numel() or module.inplace or self.frame.levels.strips:
             plain: Tensor = type(module).forward(module, x)
             return plain
         out = empty_with_room(x, self.frame.dim)

@@ -107,7 +107,6 @@ class PatchAttention(Layer):
         """
         assert self._mask_to_tokens is not None, "this model's table does not know IP-Adapter masks"
         split, across = frame.split(self.level), frame.levels.across[self.level]
-        span = split.span(frame.patch)
         own: list[Tensor | None] = []
         for mask in masks if isinstance(masks, list) else list(masks.unsqueeze(1)):
             if mask is None:
@@ -117,7 +116,7 @@ class PatchAttention(Layer):
             for image in range(mask.shape[1]):
                 tokens = self._mask_to_tokens(mask[:, image], mask.shape[0], split.size * across, 1)
                 whole = tokens.view(mask.shape[0], *frame.sides(self.level, split.size))
-                images.append(whole.narrow(frame.dim - 1, span.start, len(span)).flatten(1)[:, None])
+                images.append(frame.own(self.level, whole, frame.dim - 1).flatten(1)[:, None])
             own.append(torch.stack(images, dim=1))
         return own
 

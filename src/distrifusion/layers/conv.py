@@ -5,12 +5,13 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..errors import UnsupportedModel
 from ..geometry import Span, Split, Window
-from .base import Frame, FrameHolder, Layer, with_halo
+from .base import Frame, FrameHolder, Layer, rows_of, with_halo
 
 Pads = tuple[int, int]
 
@@ -74,23 +75,39 @@ class PatchConv(Layer):
 
     def _forward(self, x: Tensor) -> Tensor:
         frame = self.frame
+        if frame.levels.strips:
+            return self._alone(x, frame)
         inputs, outputs = frame.split(self.level), frame.split(self.level_out)
         window = self._windows[frame.dim - 2]
         if self._reads_whole and not frame.exchange.sees_latents:
-            own = inputs.span(frame.patch)
-            x = x.narrow(frame.dim, own.start, len(own))
+            x = frame.own(self.level, x)
         if self._reads_whole and frame.exchange.sees_latents:
-            rows = _window_of_whole(x, frame, outputs, window)
+            rows = _window_of_whole(x, frame, inputs, outputs, window)
         else:
             rows = with_halo(frame, self.key, x, inputs, outputs, window)
         if not len(outputs.span(frame.patch)):
             channels = x.shape[1] if isinstance(self.module, nn.AvgPool2d) else self.module.out_channels
             return x.new_empty(x.shape[0], channels, *frame.sides(self.level_out, 0))
+        return self._padded(rows, frame, (0, 0))
+
+    def _alone(self, x: Tensor, frame: Frame) -> Tensor:
+        if self._reads_whole:
+            x = frame.own(self.level, x)
+        parts = [
+            self._padded(strip, frame, self._windows[frame.dim - 2].padding) for strip in frame.strips(self.level, x)
+        ]
+        return parts[0] if len(parts) == 1 else torch.cat(parts, frame.dim)
+
+    def _padded(self, rows: Tensor, frame: Frame, along: Pads) -> Tensor:
+        """The module's arithmetic, with ``along`` zeros before and after along the split dim and its own across."""
         across = self._windows[3 - frame.dim].padding
-        if across[0] != across[1]:
-            rows = F.pad(rows, (*across, 0, 0) if frame.dim == 2 else (0, 0, *across))
+        if frame.levels.is_ring_across and any(across):
+            rows = F.pad(rows, _in_order(frame.dim, (0, 0), across), mode="circular")
             across = (0, 0)
-        padding = (0, across[0]) if frame.dim == 2 else (across[0], 0)
+        if along[0] != along[1] or across[0] != across[1]:
+            rows = F.pad(rows, _in_order(frame.dim, along, across))
+            along = across = (0, 0)
+        padding = (along[0], across[0]) if frame.dim == 2 else (across[0], along[0])
         return self._apply(rows, padding)
 
     def _apply(self, rows: Tensor, padding: Pads) -> Tensor:
@@ -102,15 +119,21 @@ class PatchConv(Layer):
         return F.conv2d(rows, module.weight, module.bias, module.stride, padding, module.dilation, module.groups)
 
 
-def _window_of_whole(x: Tensor, frame: Frame, outputs: Split, window: Window) -> Tensor:
-    out = outputs.span(frame.patch)
+def _window_of_whole(x: Tensor, frame: Frame, inputs: Split, outputs: Split, window: Window) -> Tensor:
+    out, dim = outputs.span(frame.patch), frame.dim
     if not len(out):
-        return x.narrow(frame.dim, 0, 0)
+        return x.narrow(dim, 0, 0)
     reads = window.reads(out)
-    inside = reads & Span(0, x.shape[frame.dim])
-    before, after = inside.start - reads.start, reads.stop - inside.stop
-    rows = x.narrow(frame.dim, inside.start, len(inside))
-    return F.pad(rows, (0, 0, before, after) if frame.dim == 2 else (before, after, 0, 0))
+    if inputs.is_ring:
+        return rows_of(x, reads, dim)
+    inside = reads & Span(0, x.shape[dim])
+    rows = x.narrow(dim, inside.start, len(inside))
+    return F.pad(rows, _in_order(dim, (inside.start - reads.start, reads.stop - inside.stop), (0, 0)))
+
+
+def _in_order(dim: int, along: Pads, across: Pads) -> tuple[int, ...]:
+    """As torch's pad takes them: columns first."""
+    return (*across, *along) if dim == 2 else (*along, *across)
 
 
 def _pads(module: nn.Conv2d) -> tuple[Pads, Pads]:

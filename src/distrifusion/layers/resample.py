@@ -41,6 +41,11 @@ class PatchUpsample(Layer):
 
     def _interpolate(self, x: Tensor) -> Tensor:
         frame = self.frame
+        if frame.levels.strips:
+            sizes = [frame.sides(self.level_out, rows) for rows in frame.levels.strips[self.level_out]]
+            strips = zip(frame.strips(self.level, x), sizes, strict=True)
+            parts = [F.interpolate(strip, size=size, mode="nearest") for strip, size in strips]
+            return parts[0] if len(parts) == 1 else torch.cat(parts, frame.dim)
         inputs, outputs = frame.split(self.level), frame.split(self.level_out)
         reader = Nearest(inputs.size, outputs.size)
         rows = with_halo(frame, self.key, x, inputs, outputs, reader)

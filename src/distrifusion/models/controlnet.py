@@ -117,6 +117,10 @@ class ControlNetTable:
             pooled.append((part / max(count, 1)).to(mean.dtype)[:, :, None, None])
         return pooled
 
+    def unit(self, call: Call, *, fed: bool) -> int:
+        """See Table."""
+        return 1
+
     def needs_whole_batch(self, call: Call) -> bool:
         """See Table. In guess_mode the pipeline puts zeros for the other branch before what it gets."""
         return bool(call.arguments.get("guess_mode"))

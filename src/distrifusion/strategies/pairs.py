@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import Tensor
 
-from ..geometry import Levels
+from ..geometry import Moved, Split
 from ..models import Call
 from .base import State
 from .guidance import Halves
@@ -20,8 +20,9 @@ class Ran:
     """What a call of the model gave on this rank."""
 
     result: Any  # of the model
-    own: Tensor  # own rows [B, C, rows, W] of the prediction
-    levels: Levels
+    own: Tensor  # own rows [B, C, rows, W] of the prediction; of patches that stand alone, their window
+    split: Split  # of the picture
+    moved: Moved | None = None  # where the patches were, if each stands alone
 
 
 @dataclass
