@@ -131,6 +131,11 @@ class ParallelConfig:
         return _codecs_of(self.codec) if self.codec is not None else {}
 
     @property
+    def rings(self) -> tuple[bool, bool]:
+        """Whether rows, and whether columns, go around the picture."""
+        return self.topology == "torus", self.topology != "plane"
+
+    @property
     def extras(self) -> list[str]:
         """What was asked for beyond the strategy, as ``name=value``."""
         extras = [field for field in fields(self) if field.name in _EXTRAS]

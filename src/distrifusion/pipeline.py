@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 import weakref
 from collections.abc import Callable
 from typing import Any, TypeVar
@@ -9,20 +10,23 @@ from typing import Any, TypeVar
 from diffusers import DiffusionPipeline
 from torch import nn
 
-from .comm import Comm
+from .comm import Comm, alone
 from .config import ParallelConfig
 from .errors import ConfigError, UnsupportedModel
 from .mesh import Mesh
 from .metrics import Report
-from .models import controlnet_table, is_known, table_for
+from .models import controlnet_table, is_known, table_for, wrapping_layers
 from .strategies.agreement import agree
 from .strategies.denoiser import ParallelDenoiser
 from .strategies.guidance import Guidance
+from .strategies.wrapped import Wrapped
 
 T = TypeVar("T")
 
 DENOISERS = ("unet", "transformer", "transformer_2")
 """Components of a pipeline that predict the noise."""
+
+_WRAPPING = threading.Lock()  # ranks that are threads may share a VAE
 
 _MARK = "_distrifusion"  # the attribute of a denoiser that is parallel
 
@@ -39,7 +43,7 @@ def parallelize(target: T, config: ParallelConfig | None = None, comm: Comm | No
             (LOCAL_RANK picks the device; NCCL on CUDA, Gloo on CPU), else a world of one.
 
     Returns:
-        The same object. A world of one changes nothing.
+        The same object. A world of one changes nothing, but for a ``topology`` whose ends meet.
 
     Raises:
         ConfigError: the world does not fit the configuration, or the target is parallel already.
@@ -55,7 +59,11 @@ def parallelize(target: T, config: ParallelConfig | None = None, comm: Comm | No
         comm = _comm_from_environment(target, models)
     if comm is None or comm.world == 1:
         Mesh.fit(config, 1)
-        return target
+        if config.topology == "plane":
+            return target
+        comm = comm if comm is not None else alone(next(models[0].parameters()).device)
+    if config.topology != "plane":
+        _check_ends(target, config)
     agree(comm, {"configuration": str(config)})  # before ranks act on other ones in another order
     mesh = Mesh.fit(config, comm.world)
     guidance = Guidance(mesh, comm)
@@ -77,11 +85,54 @@ def parallelize(target: T, config: ParallelConfig | None = None, comm: Comm | No
             own = table_for(model)
             parallel = ParallelDenoiser(own, config, comm, timesteps, guidance=guidance, feeders=feeders, notes=notes)
             setattr(model, _MARK, parallel)
+        if config.topology != "plane" and (vae := _vae(target)) is not None:
+            _wrap(vae, config)
     except Exception:
         for model in [*models, *_controlnets(target)]:
             _take_back(model)
         raise
     return target
+
+
+def _check_ends(target: Any, config: ParallelConfig) -> None:
+    """Refuse what would see the ends of a picture where they are to meet.
+
+    Raises:
+        UnsupportedModel: a T2I-Adapter, or a ControlNet of another kind than the U-Net's.
+    """
+    strangers = [getattr(target, "adapter", None)] if isinstance(target, DiffusionPipeline) else []
+    for model in _denoisers(target) if isinstance(target, DiffusionPipeline) else []:
+        strangers += [net for net in _controlnets(target) if controlnet_table(net, model) is None]
+    for stranger in strangers:
+        if stranger is not None:
+            raise UnsupportedModel(
+                f"topology={config.topology!r}: {type(stranger).__name__} runs whole and sees the ends of the picture; "
+                "leave it out"
+            )
+
+
+def _wrap(vae: Any, config: ParallelConfig) -> None:
+    """Let the ends of the VAE's pictures meet, unless a pipeline that shares it has done that already.
+
+    Raises:
+        ConfigError: that one has asked for another topology.
+        UnsupportedModel: a VAE that is not known.
+    """
+    with _WRAPPING:
+        before = getattr(vae, _MARK, None)
+        if before is None:
+            setattr(vae, _MARK, Wrapped(vae, wrapping_layers(vae, config.rings), config.topology))
+        elif before.topology != config.topology:
+            raise ConfigError(
+                f"this {type(vae).__name__} has topology={before.topology!r} already, in a pipeline that shares it, "
+                f"and is to have {config.topology!r}; call df.restore on that first"
+            )
+
+
+def _vae(target: Any) -> Any:
+    """The VAE of a pipeline, if there is one."""
+    vae = getattr(target, "vae", None) if isinstance(target, DiffusionPipeline) else None
+    return _unwrapped(vae) if isinstance(vae, nn.Module) else None
 
 
 def restore(target: T) -> T:
@@ -94,6 +145,8 @@ def restore(target: T) -> T:
     """
     for model in _denoisers(target):
         _take_back(model)
+    with _WRAPPING:
+        _take_back(_vae(target))
     return target
 
 

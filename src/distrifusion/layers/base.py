@@ -93,6 +93,9 @@ class Layer:
     method = "forward"
     """The method of the module that is taken over."""
 
+    sees_edges = False
+    """Whether a model that is not cut needs the layer too, where the ends of its picture meet."""
+
     @property
     def forward(self) -> Callable[..., Any]:
         """What the module does instead of its own forward, or ``method``."""

@@ -51,6 +51,8 @@ class PatchConv(Layer):
     neighbours, the rest of the picture is zeros here too.
     """
 
+    sees_edges = True
+
     def __init__(
         self,
         module: nn.Module,
@@ -100,23 +102,34 @@ class PatchConv(Layer):
 
     def _padded(self, rows: Tensor, frame: Frame, along: Pads) -> Tensor:
         """The module's arithmetic, with ``along`` zeros before and after along the split dim and its own across."""
-        across = self._windows[3 - frame.dim].padding
-        if frame.levels.is_ring_across and any(across):
-            rows = F.pad(rows, _in_order(frame.dim, (0, 0), across), mode="circular")
-            across = (0, 0)
-        if along[0] != along[1] or across[0] != across[1]:
-            rows = F.pad(rows, _in_order(frame.dim, along, across))
-            along = across = (0, 0)
-        padding = (along[0], across[0]) if frame.dim == 2 else (across[0], along[0])
-        return self._apply(rows, padding)
+        pads, rings = (along, self._windows[3 - frame.dim].padding), (False, frame.levels.is_ring_across)
+        if frame.dim == 3:
+            pads, rings = pads[::-1], rings[::-1]
+        return self._apply(*padded(rows, pads, rings))
 
     def _apply(self, rows: Tensor, padding: Pads) -> Tensor:
-        module = self.module
-        if isinstance(module, nn.AvgPool2d):
-            return F.avg_pool2d(
-                rows, module.kernel_size, module.stride, padding, divisor_override=module.divisor_override
-            )
-        return F.conv2d(rows, module.weight, module.bias, module.stride, padding, module.dilation, module.groups)
+        return apply(self.module, rows, padding)
+
+
+def apply(module: Any, x: Tensor, padding: Pads) -> Tensor:
+    """The arithmetic of a Conv2d or AvgPool2d with other ``padding``, of rows and columns."""
+    if isinstance(module, nn.AvgPool2d):
+        return F.avg_pool2d(x, module.kernel_size, module.stride, padding, divisor_override=module.divisor_override)
+    return F.conv2d(x, module.weight, module.bias, module.stride, padding, module.dilation, module.groups)
+
+
+def padded(x: Tensor, pads: tuple[Pads, Pads], rings: tuple[bool, bool]) -> tuple[Tensor, Pads]:
+    """``x`` with padding of rows and of columns, from the other end where ``rings`` says so, else of zeros.
+
+    What torch's convolution can do by itself, the same zeros on both sides, is left to it: (x, its padding).
+    """
+    for dim, (both, is_ring) in enumerate(zip(pads, rings, strict=True), 2):
+        if is_ring and any(both):
+            x = rows_of(x, Span(-both[0], x.shape[dim] + both[1]), dim)
+    rows, cols = ((0, 0) if is_ring else both for both, is_ring in zip(pads, rings, strict=True))
+    if rows[0] == rows[1] and cols[0] == cols[1]:
+        return x, (rows[0], cols[0])
+    return F.pad(x, (*cols, *rows)), (0, 0)
 
 
 def _window_of_whole(x: Tensor, frame: Frame, inputs: Split, outputs: Split, window: Window) -> Tensor:
@@ -128,12 +141,8 @@ def _window_of_whole(x: Tensor, frame: Frame, inputs: Split, outputs: Split, win
         return rows_of(x, reads, dim)
     inside = reads & Span(0, x.shape[dim])
     rows = x.narrow(dim, inside.start, len(inside))
-    return F.pad(rows, _in_order(dim, (inside.start - reads.start, reads.stop - inside.stop), (0, 0)))
-
-
-def _in_order(dim: int, along: Pads, across: Pads) -> tuple[int, ...]:
-    """As torch's pad takes them: columns first."""
-    return (*across, *along) if dim == 2 else (*along, *across)
+    before, after = inside.start - reads.start, reads.stop - inside.stop
+    return F.pad(rows, (0, 0, before, after) if dim == 2 else (before, after, 0, 0))
 
 
 def _pads(module: nn.Conv2d) -> tuple[Pads, Pads]:

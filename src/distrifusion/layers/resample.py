@@ -66,6 +66,8 @@ class PatchDownsample(Layer):
     Its convolution knows of these zeros, so here only the rest of the block runs.
     """
 
+    sees_edges = True
+
     @property
     def forward(self) -> Callable[..., Any]:
         """See Layer."""

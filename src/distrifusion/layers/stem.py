@@ -22,6 +22,8 @@ class PatchStem(Layer):
     rows and along columns; None for a module that is not such a stack: it runs whole and its output is cut.
     """
 
+    sees_edges = True
+
     def __init__(
         self, module: nn.Module, key: str, holder: FrameHolder, *, windows: Sequence[tuple[Window, Window]] | None
     ) -> None:

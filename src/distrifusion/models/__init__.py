@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 from ..config import BUILT
 from ..errors import UnsupportedModel
+from ..layers import Layer
 from .table import Call, Table
 
-__all__ = ["Call", "Table", "controlnet_table", "is_known", "supported", "table_for"]
+__all__ = ["Call", "Table", "controlnet_table", "is_known", "supported", "table_for", "wrapping_layers"]
 
 
 def table_for(model: Any) -> Table:
@@ -37,6 +39,13 @@ def controlnet_table(controlnet: Any, unet: Any) -> Table | None:
     from .controlnet import ControlNetTable, fits
 
     return ControlNetTable(controlnet) if fits(controlnet, unet) else None
+
+
+def wrapping_layers(vae: Any, rings: tuple[bool, bool]) -> Iterator[Layer]:
+    """What makes the ends of a VAE's pictures meet, along rows and columns; see `wrap`."""
+    from .wrap import wrapping_layers
+
+    return wrapping_layers(vae, rings)
 
 
 def is_known(model: Any) -> bool:

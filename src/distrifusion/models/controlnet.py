@@ -31,6 +31,7 @@ class ControlNetTable:
 
     gathers = False
     has_window = True
+    has_positions = False
 
     def __init__(self, model: Any) -> None:
         self.model = model

@@ -60,6 +60,9 @@ class Table(Protocol):
     has_window: bool
     """Whether its attentions can be kept to a part of the neighbours (``context_window``)."""
 
+    has_positions: bool
+    """Whether it knows where in the picture it is, so that the picture's ends cannot meet."""
+
     def size(self, call: Call) -> tuple[int, int]:
         """Height and width of the call's picture, in latent rows."""
         ...

@@ -101,6 +101,7 @@ class TransformerTable:
 
     gathers = True
     has_window = False
+    has_positions = True
 
     def __init__(self, model: Any, plan: Plan) -> None:
         self.model = model

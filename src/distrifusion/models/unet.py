@@ -30,6 +30,7 @@ class UNetTable:
 
     gathers = True
     has_window = True
+    has_positions = False
 
     def __init__(self, model: Any) -> None:
         self.model = model

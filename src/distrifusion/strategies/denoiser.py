@@ -67,6 +67,11 @@ class ParallelDenoiser:
             raise UnsupportedModel(
                 f"context_window={config.context_window} is known for U-Nets only, not for {type(table.model).__name__}"
             )
+        if any(config.rings) and table.has_positions:
+            raise UnsupportedModel(
+                f"topology={config.topology!r}: {type(table.model).__name__} knows the position of each part of a "
+                "picture, so that its ends do not meet; known for U-Nets only"
+            )
         self._table = table
         self._config = config
         self._comm = comm
@@ -199,6 +204,9 @@ class ParallelDenoiser:
         """Run the model on this rank's patch and part of the batch."""
         num_patches = self._mesh.size("patch")
         picture = self._table.levels(*self._table.size(call), num_patches, self._dim)
+        rows, cols = self._config.rings
+        if rows or cols:
+            picture = picture.ring(*((rows, cols) if self._dim == 2 else (cols, rows)))
         exchange = self._strategy.policy(state)
         fed = [feeder.take_cost() for feeder in self._feeders]
         is_fed = any(cost.num_calls for cost in fed)
@@ -207,7 +215,7 @@ class ParallelDenoiser:
         frame = self._frame(call, picture, exchange)
         if num_patches > 1:
             own_call = self._table.localise(own_call, frame, fed=is_fed)
-            self._holder.frame = frame
+        self._holder.frame = frame
         exchange.begin()
         result = self._inner(**own_call.arguments)
         if num_patches > 1:
@@ -292,9 +300,10 @@ class ParallelDenoiser:
         """Take over modules that are not yet ours, such as a LoRA's, and let go of those that have left the model."""
         if self._mesh.size("cfg") > 1 and not self._table.splits_guidance():
             raise ConfigError("cfg=2 does not work with PAG, whose branches must share a batch; use cfg=1")
-        if self._mesh.size("patch") == 1:
+        is_cut = self._mesh.size("patch") > 1
+        if not is_cut and not any(self._config.rings):
             return
-        wanted = {layer.place: layer for layer in self._table.layers(self._holder)}
+        wanted = {layer.place: layer for layer in self._table.layers(self._holder) if is_cut or layer.sees_edges}
         for known in [known for known in self._layers if known not in wanted]:
             self._layers.pop(known).detach()
         for known, layer in wanted.items():
