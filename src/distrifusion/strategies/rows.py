@@ -211,8 +211,9 @@ class Rows(Tensor):
         """All rows, as ``Tensor.tolist``."""
         return self.whole().tolist()
 
-    def __array__(self, dtype: Any = None) -> Any:
-        return self.whole().numpy() if dtype is None else self.whole().numpy().astype(dtype)
+    def __array__(self, dtype: Any = None, copy: bool | None = None) -> Any:
+        array = self.whole().numpy()
+        return array if dtype is None else array.astype(dtype)
 
     def __deepcopy__(self, memo: Any) -> Tensor:
         return self.whole().clone()
