@@ -21,7 +21,7 @@ def page(picture: Path, kind: View, title: str) -> str:
     words = base64.b64encode(picture.read_bytes()).decode("ascii")
     mime = mimetypes.guess_type(picture.name)[0] or "image/png"
     text = Path(__file__).with_suffix(".html").read_text(encoding="utf-8")
-    values = {"title": html.escape(title), "hint": _HINTS[kind], "kind": kind, "source": f"data:{mime};base64,{words}"}
+    values = {"hint": _HINTS[kind], "kind": kind, "source": f"data:{mime};base64,{words}", "title": html.escape(title)}
     for name, value in values.items():
         text = text.replace("{{ " + name + " }}", value)
     return text
