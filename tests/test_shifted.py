@@ -259,6 +259,23 @@ def test_a_callback_sees_whole_latents_and_may_write_to_them(looks: str) -> None
         assert np.array_equal(seen, wanted_seen)
 
 
+def test_after_a_look_at_the_latents_only_rows_travel_again() -> None:
+    def call(pipe: Any, **arguments: Any) -> Tensor:
+        def look(_: Any, step: int, timestep: Any, tensors: dict[str, Any]) -> dict[str, Any]:
+            if step == 1:
+                tensors["latents"].sum().item()
+            return {}
+
+        return sample(pipe, callback_on_step_end=look, num_inference_steps=6, **arguments)
+
+    looked, plain = paint(shifted(), 3, sd, call), paint(shifted(), 3, num_inference_steps=6)
+    for (result, report), (wanted, other) in zip(looked, plain, strict=True):
+        assert torch.equal(result, wanted)
+        assert report.bytes[1] > 2 * other.bytes[1]  # the latents, once
+        assert report.bytes[2] == 0  # which everyone has now
+        assert report.bytes[3:] == other.bytes[3:]
+
+
 @pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")  # diffusers' Euler under numpy 2.4
 def test_guidance_that_looks_at_the_whole_prediction_is_exact() -> None:
     whole = paint(shifted(latents="whole"), 2, sdxl, guidance_rescale=0.7)

@@ -121,10 +121,12 @@ def _unets() -> list[dict[str, Any]]:
                 "PAG (not with cfg=2)",
                 "every scheduler of the pipeline",
                 "callbacks, batches, sizes that change from call to call",
+                "topology: panoramas and tiles",
             ],
             "checked": f"{_MODULES}; final latents of whole pipelines, sync and displaced in warm-up, worlds 2 and 3, "
             "cfg=2 at 2, 4 and 6: tests/test_pipelines.py, tests/test_adapters.py, tests/test_lora.py, "
-            "tests/test_schedulers.py; what is refused: tests/test_unsupported.py",
+            "tests/test_schedulers.py; rolled noise gives rolled pictures: "
+            "tests/test_topology.py; what is refused: tests/test_unsupported.py",
         },
         {
             "class": "UNet2DModel",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import lru_cache
 from random import Random
 
 import torch
@@ -88,8 +89,8 @@ def blended(window: Tensor, moved: Moved, comm: Comm, dim: int) -> Tensor:
     """Own rows ``[B, C, rows, W]`` of a prediction from the windows of all ranks that cover them. See `blend`."""
     if not moved.overlap:
         return window
-    plan = blend(moved, comm.rank)
-    sends = {peer: window.index_select(dim, _index(rows, window)) for peer, rows in plan.sends}
+    plan, device = blend(moved, comm.rank), window.device
+    sends = {peer: window.index_select(dim, _index(rows, device)) for peer, rows in plan.sends}
     recvs = {peer: _with_rows(window, dim, len(places)) for peer, places in plan.recvs if peer != comm.rank}
     if sends or recvs:
         comm.swap(sends, recvs, kind="output").wait()
@@ -98,12 +99,19 @@ def blended(window: Tensor, moved: Moved, comm: Comm, dim: int) -> Tensor:
     for (peer, places), weights in zip(plan.recvs, plan.weights, strict=True):
         part = own if peer == comm.rank else recvs[peer]
         shape = [len(weights) if i == dim else 1 for i in range(window.ndim)]
-        result.index_add_(dim, _index(places, window), part * result.new_tensor(weights).view(shape))
+        result.index_add_(dim, _index(places, device), part * _shares(weights, device).view(shape))
     return result.to(window.dtype)
 
 
-def _index(rows: tuple[int, ...], like: Tensor) -> Tensor:
-    return torch.tensor(rows, device=like.device)
+@lru_cache(maxsize=1024)
+def _index(rows: tuple[int, ...], device: torch.device) -> Tensor:
+    """Kept, since a host that copies to an accelerator waits for it; patches come to the same places again."""
+    return torch.tensor(rows, device=device)
+
+
+@lru_cache(maxsize=1024)
+def _shares(weights: tuple[float, ...], device: torch.device) -> Tensor:
+    return torch.tensor(weights, device=device)
 
 
 def _with_rows(like: Tensor, dim: int, rows: int) -> Tensor:

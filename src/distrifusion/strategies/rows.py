@@ -186,13 +186,9 @@ class Rows(Tensor):
     ) -> Any:
         """Torch's hook below every operation."""
         leaves, spec = tree_flatten((args, kwargs or {}))
-        rows = [leaf for leaf in leaves if isinstance(leaf, Rows)]
+        rows = [leaf for leaf in leaves if isinstance(leaf, Rows) and not leaf._held.is_whole]
         if func in _OF_SHAPE:
-            shape = rows[0]
-            leaves = [
-                torch.empty(leaf.shape, dtype=leaf.dtype, device=leaf.device) if leaf is shape else leaf
-                for leaf in leaves
-            ]
+            leaves[0] = torch.empty(leaves[0].shape, dtype=leaves[0].dtype, device=leaves[0].device)
             rows = []
         target = _target(func, args, kwargs or {}, rows)
         if target is None:
@@ -223,15 +219,17 @@ class Rows(Tensor):
 
 
 def _target(func: Any, args: Any, kwargs: Any, rows: list[Rows]) -> _Held | None:
-    """Whose rows the result of an operation has; None: it needs the whole of its arguments."""
-    if not rows or any(row._held.is_whole for row in rows):
+    """Whose rows the result of an operation on ``rows``, none of them whole, has; None: it is one of the whole."""
+    if not rows:
         return None
     held = max((row._held for row in rows), key=lambda each: each.step)
     if held.sharing.is_over or any((row._held.sharing, row._held.dim) != (held.sharing, held.dim) for row in rows):
         return None
-    is_by_value = torch.Tag.pointwise in func.tags or func in _ALSO
+    is_by_value = func in _ALSO or torch.Tag.pointwise in func.tags
+    is_by_value = is_by_value and torch.Tag.nondeterministic_seeded not in func.tags  # noise is drawn for the whole
     if func._schema.is_mutable:
-        return args[0]._held if is_by_value and isinstance(args[0], Rows) and "out" not in kwargs else None
+        is_into_rows = any(args[0] is row for row in rows) and "out" not in kwargs
+        return args[0]._held if is_by_value and is_into_rows else None
     if is_by_value:
         return held
     if func not in _OF_ONE_DIM:
@@ -248,10 +246,11 @@ def _on_rows(func: Any, leaves: list[Any], spec: Any, rows: list[Rows], target: 
     """An operation on own rows."""
     here, size = Moved(target.split), target.split.size
     rank, dim = target.sharing.comm.rank, target.dim
-    is_of_one = all(row is rows[0] for row in rows)
+    is_of_one = True
     local: list[Any] = []
     for leaf in leaves:
         if isinstance(leaf, Rows):
+            is_of_one = is_of_one and leaf is rows[0]
             leaf = leaf.over(here)
         elif isinstance(leaf, Tensor):
             is_of_one = is_of_one and leaf.numel() == 1
