@@ -1,6 +1,7 @@
 """Who owns which rows and who borrows which: checked by reading every row through the plan, for all kinds of layers."""
 
 import itertools
+from typing import Any
 
 import pytest
 
@@ -120,22 +121,22 @@ def test_windows_are_blended_with_weights_that_add_up_to_one(overlap: int, origi
 
 def test_a_patch_that_stands_alone_is_halved_from_its_own_first_row() -> None:
     windows = [Window(3, 2, (1, 1))] * 2
-    levels = Levels.down(21, 8, 3, windows, windows)
+    levels = Levels.down(21, 8, (1.0,) * 3, windows, windows)
     alone = levels.alone(Span(3, 12))
     assert alone.strips == ((9,), (5,), (3,))
     assert [split.origin for split in alone.splits] == [3, 1, 0]
     assert [split.sizes[0] for split in alone.splits] == [9, 5, 3]
     divided = levels.alone(Span(18, 25))  # three rows at the end of the picture, four at its start
     assert divided.strips == ((3, 4), (2, 2), (1, 1))
-    joined = Levels.down(20, 8, 3, windows, windows).ring(True, False).alone(Span(18, 25))
+    joined = Levels.down(20, 8, (1.0,) * 3, windows, windows).ring(True, False).alone(Span(18, 25))
     assert joined.strips == ((7,), (4,), (2,))
 
 
 def test_a_ring_must_shrink_evenly() -> None:
     windows = [Window(3, 2, (1, 1))] * 2
     with pytest.raises(ConfigError, match=r"latent of 22 rows or columns cannot go around.*multiple of 4"):
-        Levels.down(22, 8, 3, windows, windows).ring(True, False)
-    assert Levels.down(22, 8, 3, windows, windows).ring(False, True).is_ring_across
+        Levels.down(22, 8, (1.0,) * 3, windows, windows).ring(True, False)
+    assert Levels.down(22, 8, (1.0,) * 3, windows, windows).ring(False, True).is_ring_across
 
 
 def test_halos_reach_direct_neighbours_only_when_patches_are_thick_enough() -> None:
@@ -172,15 +173,57 @@ def test_even_prefers_aligned_patches_where_balance_allows() -> None:
     assert Split.even(20, 2, 8).sizes == (10, 10)  # 16 + 4 would be aligned, and 60 % slower
 
 
+@pytest.mark.parametrize("size", range(5, 70, 4))
+@pytest.mark.parametrize("world", [1, 2, 3, 5])
+def test_equal_weights_hand_out_whole_units_one_after_the_other(size: int, world: int) -> None:
+    base, extra = divmod(size, world)
+    assert Split.weighted(size, (0.3,) * world).sizes == tuple(base + (i < extra) for i in range(world))
+
+
+WEIGHTS = [(2.0, 1.0, 1.0), (1.0, 3.0), (5.0, 1.0, 1.0, 1.0, 2.0), (0.1, 7.0, 0.1), (1e-9, 1.0, 1e9)]
+
+
+@pytest.mark.parametrize("weights", WEIGHTS)
+@pytest.mark.parametrize("size", [5, 6, 7, 11, 16])
+def test_no_other_rows_let_the_slowest_patch_end_sooner(weights: tuple[float, ...], size: int) -> None:
+    """Of all ways to give each patch a row or more, tried one by one."""
+    ends = itertools.combinations(range(1, size), len(weights) - 1)
+    ways = [[b - a for a, b in itertools.pairwise((0, *inner, size))] for inner in ends]
+
+    def pace(rows: Any) -> float:
+        return max(count / weight for count, weight in zip(rows, weights, strict=True))
+
+    found = Split.weighted(size, weights)
+    assert found.size == size
+    assert min(found.sizes) >= 1
+    assert pace(found.sizes) == min(map(pace, ways))
+
+
+@pytest.mark.parametrize("weights", WEIGHTS)
+@pytest.mark.parametrize("size", [16, 37, 64, 128])
+def test_weighted_patches_are_aligned_only_where_that_costs_little(weights: tuple[float, ...], size: int) -> None:
+    found, exact = Split.weighted(size, weights, 8), Split.weighted(size, weights)
+    paces = [max(rows / w for rows, w in zip(split.sizes, weights, strict=True)) for split in (found, exact)]
+    assert paces[0] <= max(paces[1], 9 / 8 * size / sum(weights))
+
+
+def test_weighted_prefers_aligned_patches_where_balance_allows() -> None:
+    assert Split.weighted(64, (2.0, 1.0, 1.0), 8).sizes == (32, 16, 16)
+    assert Split.weighted(128, (5.0, 1.0, 1.0, 1.0, 2.0), 8).sizes == (68, 12, 12, 12, 24)
+    assert Split.weighted(16, (1000.0, 1.0, 1.0), 8).sizes == (14, 1, 1)  # everyone has a row
+    with pytest.raises(ConfigError, match="2 rows of latent cannot be split over 3 ranks"):
+        Split.weighted(2, (2.0, 1.0, 1.0))
+
+
 def test_levels_follow_the_downsamplers() -> None:
     three, valid = Window(3, 2, (1, 1)), Window(2, 2)
-    levels = Levels.down(13, 9, 3, [three, valid], [three, valid])
+    levels = Levels.down(13, 9, (1.0, 1.0, 1.0), [three, valid], [three, valid])
     assert [split.size for split in levels.splits] == [13, 7, 3]
     assert levels.across == (9, 5, 2)
     for upper, lower in itertools.pairwise(levels.splits):
         assert upper.num_patches == lower.num_patches == 3
     with pytest.raises(ConfigError, match="too small"):
-        Levels.down(2, 9, 1, [valid, valid], [valid, valid])
+        Levels.down(2, 9, (1.0,), [valid, valid], [valid, valid])
 
 
 def test_spans_intersect() -> None:

@@ -23,10 +23,12 @@ def test_json_gives_the_medians_of_the_prevailing_kind_of_step() -> None:
         "mesh": "cfg 1 x patch 2",
         "split": "rows",
         "patches": [8, 7],
+        "balance": "even",
         "steps": {"sync": 2, "displaced": 3},
         "seconds_per_step": 0.3,
         "messages_per_step": 5,
         "bytes_per_step": 2048,
+        "slot_bytes": 0,
         "notes": [],
     }
 
@@ -38,6 +40,28 @@ def test_the_line_says_the_same() -> None:
         "strategy displaced | mesh cfg 1 x patch 2 | rows per rank 8+7 | steps 2 sync + 3 displaced | 0.300 s/step | "
         "2.0 KiB and 5 messages sent per step and rank | patches of 2 ranks are empty at level 3"
     )
+
+
+@pytest.mark.parametrize(
+    ("balance", "text"),
+    [
+        ("even", "rows per rank 8+7 |"),
+        ("measured", "rows per rank 8+7 (measured) |"),
+        ("8,7", "rows per rank 8+7 (weights 8,7) |"),
+    ],
+)
+def test_the_line_says_what_the_rows_follow(balance: str, text: str) -> None:
+    report = a_report()
+    report.balance = balance
+    assert text in report.line()
+    assert report.as_dict()["balance"] == balance
+
+
+def test_the_line_says_how_much_memory_the_slots_take() -> None:
+    report = a_report()
+    report.slot_bytes = 4096
+    assert report.line().endswith("2.0 KiB and 5 messages sent per step and rank | slots 4.0 KiB")
+    assert report.as_dict()["slot_bytes"] == 4096
 
 
 def test_a_report_without_steps_is_still_a_line() -> None:

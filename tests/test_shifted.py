@@ -144,7 +144,7 @@ def test_moving_borders_are_nearer_to_one_device_than_resting_ones(shift: Any) -
 
 def offsets(config: df.ParallelConfig, split: Split, unit: int, num: int) -> list[int]:
     strategy = Shifted(config, alone(torch.device("cpu")))
-    found = [strategy.moved(State(step=step), split, unit) for step in range(num)]
+    found = [strategy.moved(State(num_calls=step + 1), split, unit) for step in range(num)]
     return [moved.split.origin for moved in found if moved is not None]
 
 

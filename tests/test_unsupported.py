@@ -404,22 +404,6 @@ def test_a_model_offloaded_whole() -> None:
     df.run_ranks(2, rank)
 
 
-def test_a_compiled_unet() -> None:
-    def compiled() -> Any:
-        pipe = sd()
-        pipe.unet = torch.compile(pipe.unet, backend="eager")
-        return pipe
-
-    truth = sample(sd())
-
-    def rank(comm: Any) -> list[str]:
-        pipe = df.parallelize(compiled(), SYNC, comm)
-        assert distance(sample(pipe), truth) <= EXACT
-        return df.report(pipe).notes
-
-    assert df.run_ranks(2, rank) == [["torch.compile does nothing while parallel"]] * 2
-
-
 def test_what_is_said_to_be_supported_names_its_checks() -> None:
     root = Path(__file__).parent.parent
     entries = supported()

@@ -74,6 +74,12 @@ def generate(
     context_window: Annotated[
         float | None, typer.Option(help="Attend to this share (0 to 1) of each neighbouring patch only. Approximate.")
     ] = None,
+    text_encoders: Annotated[
+        str, typer.Option(help="once: each on one rank; freed: and held in memory by that one alone; every: on all.")
+    ] = _DEFAULT.text_encoders,
+    balance: Annotated[
+        str | None, typer.Option(help="Rows for unequal ranks: measured, or weights such as 2,1,1. Without it, equal.")
+    ] = None,
     shift: Annotated[
         str, typer.Option(help="How shifted moves the borders: golden, random, or rows of latent per step.")
     ] = str(_DEFAULT.shift),
@@ -122,6 +128,8 @@ def generate(
         warmup_steps=warmup_steps,
         codec=codec,
         context_window=context_window,
+        text_encoders=text_encoders,  # type: ignore[arg-type]
+        balance=balance,
         topology="ring-x" if panorama else "torus" if tile else "plane",
         shift=shift_choice(shift),
         overlap=overlap,

@@ -11,9 +11,10 @@ from typing import Any
 class Report:
     """One picture (or one call of the pipeline) as it ran on this rank.
 
-    ``patches`` are the rows (or columns) of latent each rank of a patch group owns; ``seconds`` has one entry per
+    ``patches`` are the rows (or columns) of latent each rank of a patch group owns, in the end where they have changed;
+    ``balance`` what they follow (``"even"``, the weights, or ``"measured"``); ``seconds`` has one entry per
     call of the denoiser, ``messages`` and ``bytes`` what this rank sent in it, ``kinds`` how fresh it was
-    (``"sync"``, ``"displaced"``, ``"naive"`` ...).
+    (``"sync"``, ``"displaced"``, ``"naive"`` ...). ``slot_bytes`` is the memory for late messages, sent and received.
     """
 
     strategy: str
@@ -25,6 +26,8 @@ class Report:
     bytes: list[int] = field(default_factory=list)
     kinds: list[str] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
+    balance: str = "even"
+    slot_bytes: int = 0
 
     def step(self, kind: str, seconds: float, messages: int, num_bytes: int) -> None:
         """Record one call of the denoiser."""
@@ -48,10 +51,12 @@ class Report:
             "mesh": self.mesh,
             "split": self.split,
             "patches": list(self.patches),
+            "balance": self.balance,
             "steps": {kind: self.kinds.count(kind) for kind in dict.fromkeys(self.kinds)},
             "seconds_per_step": median([self.seconds[i] for i in chosen]) if chosen else None,
             "messages_per_step": round(median([self.messages[i] for i in chosen])) if chosen else 0,
             "bytes_per_step": round(median([self.bytes[i] for i in chosen])) if chosen else 0,
+            "slot_bytes": self.slot_bytes,
             "notes": list(self.notes),
         }
 
@@ -60,14 +65,16 @@ class Report:
         facts = self.as_dict()
         pace = facts["seconds_per_step"]
         steps = " + ".join(f"{count} {kind}" for kind, count in facts["steps"].items()) or "none"
+        balance = {"even": "", "measured": " (measured)"}.get(self.balance, f" (weights {self.balance})")
         parts = [
             f"strategy {self.strategy}",
             f"mesh {self.mesh}",
-            f"{self.split} per rank {'+'.join(map(str, self.patches)) or '-'}",
+            f"{self.split} per rank {'+'.join(map(str, self.patches)) or '-'}{balance}",
             f"steps {steps}",
             f"{pace:.3f} s/step" if pace is not None else "- s/step",
             f"{human_bytes(facts['bytes_per_step'])} and {facts['messages_per_step']} messages sent per step and rank",
         ]
+        parts += [f"slots {human_bytes(self.slot_bytes)}"] if self.slot_bytes else []
         return " | ".join(parts + self.notes)
 
     def copy(self) -> Report:

@@ -17,7 +17,9 @@ from .mesh import Mesh
 from .metrics import Report
 from .models import controlnet_table, is_known, table_for, wrapping_layers
 from .strategies.agreement import agree
+from .strategies.balance import Balance
 from .strategies.denoiser import ParallelDenoiser
+from .strategies.encoders import SharedEncoder
 from .strategies.guidance import Guidance
 from .strategies.wrapped import Wrapped
 
@@ -29,6 +31,7 @@ DENOISERS = ("unet", "transformer", "transformer_2")
 _WRAPPING = threading.Lock()  # ranks that are threads may share a VAE
 
 _MARK = "_distrifusion"  # the attribute of a denoiser that is parallel
+_SHARED = "_distrifusion_shared"  # and of a text encoder that one rank runs for all
 
 
 def parallelize(target: T, config: ParallelConfig | None = None, comm: Comm | None = None) -> T:
@@ -76,14 +79,14 @@ def parallelize(target: T, config: ParallelConfig | None = None, comm: Comm | No
             if None in tables:  # their outputs are added up: all in patches, or all whole
                 notes += [f"{type(net).__name__} runs whole on every rank" for net in nets]
                 tables.clear()
-            if _is_compiled(target, model):
-                notes.append("torch.compile does nothing while parallel")
             feeders: list[ParallelDenoiser] = []
+            shared: dict[str, Any] = {"guidance": guidance, "balance": Balance(config, mesh, comm)}
             for table in filter(None, tables):
-                feeders.append(ParallelDenoiser(table, config, comm, timesteps, guidance=guidance))
+                feeders.append(ParallelDenoiser(table, config, comm, timesteps, **shared))
                 setattr(table.model, _MARK, feeders[-1])
             own = table_for(model)
-            parallel = ParallelDenoiser(own, config, comm, timesteps, guidance=guidance, feeders=feeders, notes=notes)
+            shared["wrapper"] = _compiled_wrapper(target, model)
+            parallel = ParallelDenoiser(own, config, comm, timesteps, feeders=feeders, notes=notes, **shared)
             setattr(model, _MARK, parallel)
         if config.topology != "plane" and (vae := _vae(target)) is not None:
             _wrap(vae, config)
@@ -91,6 +94,12 @@ def parallelize(target: T, config: ParallelConfig | None = None, comm: Comm | No
         for model in [*models, *_controlnets(target)]:
             _take_back(model)
         raise
+    if config.text_encoders != "every":
+        freed = config.text_encoders == "freed"
+        for place, (name, encoder) in enumerate(_text_encoders(target).items()):
+            if not hasattr(encoder, _SHARED):  # another pipeline's too, as the refiner's and the base's
+                encoders = SharedEncoder(encoder, name, comm, place % comm.world, freed=freed)
+                setattr(encoder, _SHARED, encoders)
     return target
 
 
@@ -145,6 +154,11 @@ def restore(target: T) -> T:
     """
     for model in _denoisers(target):
         _take_back(model)
+    for encoder in _text_encoders(target).values():
+        shared = getattr(encoder, _SHARED, None)
+        if shared is not None:
+            shared.detach()
+            delattr(encoder, _SHARED)
     with _WRAPPING:
         _take_back(_vae(target))
     return target
@@ -211,11 +225,19 @@ def _controlnets(target: Any) -> list[Any]:
     return list({id(net): net for net in nets}.values())
 
 
-def _is_compiled(target: Any, model: nn.Module) -> bool:
+def _text_encoders(target: Any) -> dict[str, nn.Module]:
+    """The text encoders of a pipeline, by name: not those that an offload hook moves about, which stay as they are."""
+    if not isinstance(target, DiffusionPipeline):
+        return {}
+    found = {name: part for name, part in target.components.items() if name.startswith("text_encoder")}
+    modules = {name: _unwrapped(part) for name, part in sorted(found.items()) if isinstance(part, nn.Module)}
+    return {name: module for name, module in modules.items() if not hasattr(module, "_hf_hook")}
+
+
+def _compiled_wrapper(target: Any, model: nn.Module) -> Any:
+    """What ``torch.compile(model)`` made, if it is the target, or in the target."""
     candidates = [target, *(getattr(target, name, None) for name in DENOISERS)]
-    return model._compiled_call_impl is not None or any(
-        getattr(candidate, "_orig_mod", None) is model for candidate in candidates
-    )
+    return next((each for each in candidates if getattr(each, "_orig_mod", None) is model), None)
 
 
 def _unwrapped(model: nn.Module) -> nn.Module:

@@ -33,6 +33,7 @@ def bench(
         typer.Option(help="Fewer bytes, see generate; none is one too; may be given again. Default: none."),
     ] = None,
     context_window: Annotated[float | None, typer.Option(help="See generate.")] = None,
+    balance: Annotated[str | None, typer.Option(help="See generate.")] = None,
     size: Annotated[
         list[str] | None, typer.Option(help="Pixels as HEIGHTxWIDTH, or one number for both; may be given again.")
     ] = None,
@@ -60,6 +61,7 @@ def bench(
         strategy or [],
         codec or [],
         context_window,
+        balance,
         size or [],
         height,
         width,
@@ -85,6 +87,7 @@ class Order:
     strategies: list[str]
     codecs: list[str]
     context_window: float | None
+    balance: str | None
     sizes: list[str]
     height: int | None
     width: int | None
@@ -110,7 +113,8 @@ class Order:
         names = self.strategies or ["sync", "displaced", "naive"]
         strategies = [ParallelConfig(strategy=name).strategy for name in names]  # type: ignore[arg-type]
         codecs = codec_choices(self.codecs or ["none"])
-        ParallelConfig(context_window=self.context_window)
+        asked = ParallelConfig(context_window=self.context_window, balance=self.balance)
+        assert asked.balance is None or isinstance(asked.balance, str)
         check_name(self.model)
         check_device(self.device)
         worlds = sorted(set(self.worlds or default_worlds))
@@ -118,7 +122,7 @@ class Order:
             model=self.model,
             sizes=parse_sizes(self.sizes, self.height, self.width),
             batch=self.batch,
-            cases=cases_for(strategies, worlds, num_threads(self.device), codecs, self.context_window),
+            cases=cases_for(strategies, worlds, num_threads(self.device), codecs, self.context_window, asked.balance),
             rounds=self.rounds,
             steps=self.steps,
             dtype=self.dtype,

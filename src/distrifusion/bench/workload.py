@@ -90,6 +90,9 @@ TIME = 500
 Given = tuple[tuple[int, ...], dict[str, Any]]
 """The shape of the latents of a call, and its other arguments by name."""
 
+Noise = Callable[..., Tensor]
+"""Normal numbers of a shape."""
+
 
 @dataclass
 class Workload:
@@ -135,7 +138,13 @@ def check_name(name: str) -> None:
 
 
 def load(
-    name: str, height: int, width: int, batch: int = 1, dtype: torch.dtype = torch.float32, device: str = "cpu"
+    name: str,
+    height: int,
+    width: int,
+    batch: int = 1,
+    dtype: torch.dtype = torch.float32,
+    device: str = "cpu",
+    text_tokens: int = TEXT_TOKENS,
 ) -> Workload:
     """The denoiser called ``name`` (a shape, or a folder with a ``unet``) and its arguments, the same on all ranks.
 
@@ -162,14 +171,14 @@ def load(
         return torch.randn(shape, generator=generator).to(device, dtype)
 
     words = {"UNet2DConditionModel": _unet, "FluxTransformer2DModel": _flux, "PixArtTransformer2DModel": _pixart}
-    given = words[type(model).__name__](model.config, batch, noise)
+    given = words[type(model).__name__](model.config, batch, text_tokens, noise)
     shape, arguments = given(height, width)
     sample_name = "sample" if name not in TRANSFORMERS else "hidden_states"
     return Workload(model, arguments, shape, dtype, torch.device(device), given, sample_name)
 
 
-def _unet(config: Any, batch: int, noise: Callable[..., Tensor]) -> Callable[[int, int], Given]:
-    text = noise(batch, TEXT_TOKENS, config.cross_attention_dim)
+def _unet(config: Any, batch: int, text_tokens: int, noise: Noise) -> Callable[[int, int], Given]:
+    text = noise(batch, text_tokens, config.cross_attention_dim)
     is_sdxl = config.addition_embed_type == "text_time"
     pooled = (
         noise(batch, config.projection_class_embeddings_input_dim - 6 * config.addition_time_embed_dim)
@@ -188,9 +197,9 @@ def _unet(config: Any, batch: int, noise: Callable[..., Tensor]) -> Callable[[in
     return given
 
 
-def _flux(config: Any, batch: int, noise: Callable[..., Tensor]) -> Callable[[int, int], Given]:
-    text, pooled = noise(batch, TEXT_TOKENS, config.joint_attention_dim), noise(batch, config.pooled_projection_dim)
-    words = {"encoder_hidden_states": text, "pooled_projections": pooled, "txt_ids": text.new_zeros(TEXT_TOKENS, 3)}
+def _flux(config: Any, batch: int, text_tokens: int, noise: Noise) -> Callable[[int, int], Given]:
+    text, pooled = noise(batch, text_tokens, config.joint_attention_dim), noise(batch, config.pooled_projection_dim)
+    words = {"encoder_hidden_states": text, "pooled_projections": pooled, "txt_ids": text.new_zeros(text_tokens, 3)}
 
     def given(height: int, width: int) -> Given:
         rows, cols = (torch.arange(side // 2, device=text.device, dtype=text.dtype) for side in (height, width))
@@ -202,8 +211,8 @@ def _flux(config: Any, batch: int, noise: Callable[..., Tensor]) -> Callable[[in
     return given
 
 
-def _pixart(config: Any, batch: int, noise: Callable[..., Tensor]) -> Callable[[int, int], Given]:
-    text = noise(batch, TEXT_TOKENS, config.caption_channels)
+def _pixart(config: Any, batch: int, text_tokens: int, noise: Noise) -> Callable[[int, int], Given]:
+    text = noise(batch, text_tokens, config.caption_channels)
     words = {
         "timestep": torch.full((batch,), TIME, device=text.device),
         "encoder_hidden_states": text,

@@ -31,14 +31,18 @@ class Levels:
     strips: tuple[tuple[int, ...], ...] = ()
 
     @classmethod
-    def down(cls, size: int, across: int, num_patches: int, along: Sequence[Window], other: Sequence[Window]) -> Levels:
+    def down(
+        cls, size: int, across: int, weights: tuple[float, ...], along: Sequence[Window], other: Sequence[Window]
+    ) -> Levels:
         """Levels of a model that shrinks by ``along`` (and ``other`` across) from each level to the next.
+
+        The patches have rows in proportion to ``weights``, see `Split.weighted`.
 
         Raises:
             ConfigError: fewer rows than patches, or a picture too small for the model's downsamplings.
         """
         strides = tuple(window.stride for window in along)
-        splits, widths = [Split.even(size, num_patches, prod(strides))], [across]
+        splits, widths = [Split.weighted(size, weights, prod(strides))], [across]
         for window, window_across in zip(along, other, strict=True):
             smaller, narrower = window.out_size(splits[-1].size), window_across.out_size(widths[-1])
             if smaller < 1 or narrower < 1:

@@ -6,6 +6,7 @@ from .base import Frame, FrameHolder, Layer
 from .conv import PatchConv
 from .linear_attention import PatchLinearAttention
 from .norm import PatchGroupNorm
+from .prompt import PatchPrompt
 from .resample import PatchDownsample, PatchUpsample
 from .seam import PatchSeam
 from .tokens import PatchArguments, PatchEntry, PatchExit, PatchSides
@@ -22,6 +23,7 @@ __all__ = [
     "PatchExit",
     "PatchGroupNorm",
     "PatchLinearAttention",
+    "PatchPrompt",
     "PatchSeam",
     "PatchSiLU",
     "PatchSides",

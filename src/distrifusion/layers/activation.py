@@ -24,9 +24,10 @@ class PatchSiLU(Layer):
 
     def _forward(self, x: Tensor) -> Tensor:
         module = self.module
-        # Not the picture (the time embedding), no rows of it, or a patch without a halo.
-        if x.ndim != 4 or not x.numel() or module.inplace or self.frame.levels.strips:
-            plain: Tensor = type(module).forward(module, x)
+        # Not the time embedding, a patch without rows, or one without a halo; and a compiler sees to such copies.
+        is_picture = x.ndim == 4 and x.numel() and not self.frame.levels.strips
+        if not is_picture or module.inplace or torch.compiler.is_compiling():
+            plain: Tensor = self.plain(module, x)
             return plain
         out = empty_with_room(x, self.frame.dim)
         torch.ops.aten.silu.out(x, out=out)

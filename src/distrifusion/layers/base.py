@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from ..errors import UnsupportedModel
 from ..exchange import Exchange
 from ..geometry import Halo, Levels, Part, Reader, Span, Split, halo, laps
+from .compiled import ask, empty_like_but, new_number, place_of
 
 
 @dataclass
@@ -26,7 +27,7 @@ class Ragged:
 class Frame:
     """One denoiser's present call on one rank: set before the model runs, read by its layers.
 
-    They do not write to it, but for what is known only inside the model (``ragged``).
+    They do not write to it, but for what is known only inside the model (``ragged``), and what they keep.
     """
 
     patch: int  # this rank's patch
@@ -37,6 +38,12 @@ class Frame:
     num_guests: int = 0  # tokens of further pictures, which stand right after the picture's own and are never cut
     ragged: Ragged | None = None  # set by the entry of a model whose samples have texts of several lengths
     context_window: float | None = None  # see ParallelConfig: which keys a patch's queries see
+    sees_peers: bool = field(init=False)  # of the exchange: whether anything of the peers is known
+    memory: dict[str, Any] = field(default_factory=dict)  # what layers keep, by name, in this picture and branch
+
+    def __post_init__(self) -> None:
+        # Here, so that a compiled graph, which depends on this, does not depend on the kind of the exchange too.
+        self.sees_peers = self.exchange.sees_peers
 
     def split(self, level: int) -> Split:
         """Who owns which rows at ``level`` of the model."""
@@ -66,6 +73,7 @@ class FrameHolder:
 
     def __init__(self) -> None:
         self.frame: Frame | None = None
+        self.turn = new_number(0)  # counts questions from compiled graphs
 
     def now(self) -> Frame:
         """The present frame."""
@@ -84,17 +92,30 @@ class Layer:
         self.module: Any = module
         self.key = key
         self._holder = holder
+        self.plain: Callable[..., Any] = getattr(type(module), self.method)  # the class's own, with the module first
+        self._place = place_of(self)
 
     @property
     def frame(self) -> Frame:
         """The present frame."""
         return self._holder.now()
 
+    def ask(self, tensors: list[Tensor], sizes: list[int], dim: int, question: int = 0) -> list[Tensor]:
+        """In a graph that is being compiled: what `answer` will give when it runs. See `compiled.ask`."""
+        return ask(tensors, self._place, self._holder.turn, sizes, dim, question)
+
+    def answer(self, tensors: list[Tensor], dim: int, question: int) -> Sequence[Tensor]:
+        """See `compiled.Asker`."""
+        raise NotImplementedError
+
     method = "forward"
     """The method of the module that is taken over."""
 
     sees_edges = False
     """Whether a model that is not cut needs the layer too, where the ends of its picture meet."""
+
+    is_optional = False
+    """Whether the result is the same without it, so that it gives way to another library's method."""
 
     @property
     def forward(self) -> Callable[..., Any]:
@@ -110,6 +131,11 @@ class Layer:
     def is_attached(self) -> bool:
         """Whether the method is still ours."""
         return bool(self.module.__dict__.get(self.method) == self.forward)
+
+    @property
+    def gives_way(self) -> bool:
+        """Whether another library was here first, and the layer is not needed."""
+        return self.is_optional and self.method in self.module.__dict__
 
     def attach(self) -> None:
         """Take over the module's forward.
@@ -127,6 +153,26 @@ class Layer:
     def detach(self) -> None:
         """Give the module its own method back."""
         self.module.__dict__.pop(self.method, None)
+
+
+class HaloLayer(Layer):
+    """A layer that reads rows of its neighbours."""
+
+    def reach(self, frame: Frame) -> tuple[Split, Split, Reader]:
+        """The rows it has, the rows it makes, and which of the former it reads for the latter."""
+        raise NotImplementedError
+
+    def with_halo(self, frame: Frame, patch: Tensor) -> Tensor:
+        """See `with_halo`."""
+        inputs, outputs, reader = self.reach(frame)
+        if not torch.compiler.is_compiling():
+            return with_halo(frame, self.key, patch, inputs, outputs, reader)
+        out = outputs.span(frame.patch)
+        return self.ask([patch], [len(reader.reads(out)) if len(out) else 0], frame.dim)[0]
+
+    def answer(self, tensors: list[Tensor], dim: int, question: int) -> Sequence[Tensor]:
+        """See Layer."""
+        return [self.with_halo(self.frame, tensors[0])]
 
 
 def with_halo(frame: Frame, key: str, patch: Tensor, inputs: Split, outputs: Split, reader: Reader) -> Tensor:
@@ -150,7 +196,7 @@ def attach(patch: Tensor, plan: Halo, rank: int, dim: int, arrived: Callable[[],
     own_whole = Part(rank, 0, patch.shape[dim])
     is_roomy = room is not None and [part.rows for part in plan.parts] == [1, own_whole.rows, 1]
     is_roomy = is_roomy and plan.parts[1] == own_whole
-    rows = room if room is not None and is_roomy else _empty(patch, dim, plan.num_rows)
+    rows = room if room is not None and is_roomy else empty_like_but(patch, dim % patch.ndim, plan.num_rows)
     places = list(zip(plan.parts, torch.split(rows, [part.rows for part in plan.parts], dim), strict=True))
     for part, place in places:  # while the halo travels
         if part.peer is None:
@@ -193,18 +239,7 @@ def empty_with_room(x: Tensor, dim: int) -> Tensor:
 
     A 3 x 3 convolution of this very tensor then needs no copy of the patch: its halo is written into the room.
     """
-    room = _empty(x, dim, x.shape[dim] + 2)
+    room = empty_like_but(x, dim, x.shape[dim] + 2)
     own = room.narrow(dim, 1, x.shape[dim])
     setattr(own, _ROOM, room)
     return own
-
-
-def _empty(like: Tensor, dim: int, num_rows: int) -> Tensor:
-    shape = list(like.shape)
-    shape[dim] = num_rows
-    layout = torch.channels_last if _is_channels_last(like) else torch.contiguous_format
-    return torch.empty(shape, dtype=like.dtype, device=like.device, memory_format=layout)
-
-
-def _is_channels_last(x: Tensor) -> bool:
-    return x.ndim == 4 and x.is_contiguous(memory_format=torch.channels_last) and not x.is_contiguous()

@@ -10,8 +10,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..errors import UnsupportedModel
-from ..geometry import Span, Split, Window
-from .base import Frame, FrameHolder, Layer, rows_of, with_halo
+from ..geometry import Reader, Span, Split, Window
+from .base import Frame, FrameHolder, HaloLayer, rows_of
 
 Pads = tuple[int, int]
 
@@ -43,7 +43,7 @@ def windows(module: Any, extra: Pads = (0, 0), name: str = "") -> tuple[Window, 
     return both[0], both[1]
 
 
-class PatchConv(Layer):
+class PatchConv(HaloLayer):
     """``nn.Conv2d`` or ``nn.AvgPool2d``: ``[B, C, rows, W]`` -> ``[B, C', rows', W']``, own rows in and out.
 
     ``level`` and ``level_out`` are the model's levels before and after. With ``reads_whole`` the input is the whole
@@ -66,43 +66,46 @@ class PatchConv(Layer):
     ) -> None:
         super().__init__(module, key, holder)
         self.level, self.level_out = level, level_out
-        self._windows = windows(module, extra, key)
+        self.windows = windows(module, extra, key)  # along rows, along columns
         self._extra = extra
-        self._reads_whole = reads_whole
+        self.reads_whole = reads_whole
 
     @property
     def forward(self) -> Callable[..., Any]:
         """See Layer."""
         return self._forward
 
+    def reach(self, frame: Frame) -> tuple[Split, Split, Reader]:
+        """See HaloLayer."""
+        return frame.split(self.level), frame.split(self.level_out), self.windows[frame.dim - 2]
+
     def _forward(self, x: Tensor) -> Tensor:
         frame = self.frame
         if frame.levels.strips:
             return self._alone(x, frame)
         inputs, outputs = frame.split(self.level), frame.split(self.level_out)
-        window = self._windows[frame.dim - 2]
-        if self._reads_whole and not frame.exchange.sees_latents:
+        if self.reads_whole and not frame.sees_peers:
             x = frame.own(self.level, x)
-        if self._reads_whole and frame.exchange.sees_latents:
-            rows = _window_of_whole(x, frame, inputs, outputs, window)
+        if self.reads_whole and frame.sees_peers:
+            rows = _window_of_whole(x, frame, inputs, outputs, self.windows[frame.dim - 2])
         else:
-            rows = with_halo(frame, self.key, x, inputs, outputs, window)
+            rows = self.with_halo(frame, x)
         if not len(outputs.span(frame.patch)):
             channels = x.shape[1] if isinstance(self.module, nn.AvgPool2d) else self.module.out_channels
             return x.new_empty(x.shape[0], channels, *frame.sides(self.level_out, 0))
         return self._padded(rows, frame, (0, 0))
 
     def _alone(self, x: Tensor, frame: Frame) -> Tensor:
-        if self._reads_whole:
+        if self.reads_whole:
             x = frame.own(self.level, x)
         parts = [
-            self._padded(strip, frame, self._windows[frame.dim - 2].padding) for strip in frame.strips(self.level, x)
+            self._padded(strip, frame, self.windows[frame.dim - 2].padding) for strip in frame.strips(self.level, x)
         ]
         return parts[0] if len(parts) == 1 else torch.cat(parts, frame.dim)
 
     def _padded(self, rows: Tensor, frame: Frame, along: Pads) -> Tensor:
         """The module's arithmetic, with ``along`` zeros before and after along the split dim and its own across."""
-        pads, rings = (along, self._windows[3 - frame.dim].padding), (False, frame.levels.is_ring_across)
+        pads, rings = (along, self.windows[3 - frame.dim].padding), (False, frame.levels.is_ring_across)
         if frame.dim == 3:
             pads, rings = pads[::-1], rings[::-1]
         return self._apply(*padded(rows, pads, rings))

@@ -9,11 +9,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..geometry import Nearest
-from .base import FrameHolder, Layer, with_halo
+from ..geometry import Nearest, Split
+from .base import Frame, FrameHolder, HaloLayer, Layer
 
 
-class PatchUpsample(Layer):
+class PatchUpsample(HaloLayer):
     """``Upsample2D``: nearest interpolation to the next finer level, then its convolution (a seam of its own).
 
     ``[B, C, rows, W]`` -> ``[B, C', rows', W']``. The target size is the finer level's, so the ``output_size`` that
@@ -39,6 +39,11 @@ class PatchUpsample(Layer):
             hidden_states = module.conv(hidden_states) if module.name == "conv" else module.Conv2d_0(hidden_states)
         return hidden_states
 
+    def reach(self, frame: Frame) -> tuple[Split, Split, Nearest]:
+        """See HaloLayer."""
+        inputs, outputs = frame.split(self.level), frame.split(self.level_out)
+        return inputs, outputs, Nearest(inputs.size, outputs.size)
+
     def _interpolate(self, x: Tensor) -> Tensor:
         frame = self.frame
         if frame.levels.strips:
@@ -46,9 +51,8 @@ class PatchUpsample(Layer):
             strips = zip(frame.strips(self.level, x), sizes, strict=True)
             parts = [F.interpolate(strip, size=size, mode="nearest") for strip, size in strips]
             return parts[0] if len(parts) == 1 else torch.cat(parts, frame.dim)
-        inputs, outputs = frame.split(self.level), frame.split(self.level_out)
-        reader = Nearest(inputs.size, outputs.size)
-        rows = with_halo(frame, self.key, x, inputs, outputs, reader)
+        inputs, outputs, reader = self.reach(frame)
+        rows = self.with_halo(frame, x)
         out = outputs.span(frame.patch)
         sides = frame.sides(self.level_out, len(out))
         if not len(out):

@@ -41,7 +41,7 @@ class PatchStem(Layer):
         if self._windows is None:
             if split.is_ring or frame.levels.is_ring_across:
                 raise UnsupportedModel(f"{self.key} with an adapter in it is not known where the picture's ends meet")
-            whole: Tensor = type(self.module).forward(self.module, x)
+            whole: Tensor = self.plain(self.module, x)
             self._check(whole.shape[dim], whole.shape[5 - dim])
             return frame.own(0, whole)
         along, across = ([pair[axis] for pair in self._windows] for axis in (dim - 2, 3 - dim))
@@ -68,7 +68,7 @@ class PatchStem(Layer):
         else:
             first, last = max(first, 0), min(last, size)
             rows = x.narrow(dim, first, last - first)
-        out: Tensor = type(self.module).forward(self.module, rows)
+        out: Tensor = self.plain(self.module, rows)
         return out.narrow(dim, run.start - first // stride, len(run))
 
     def _check(self, along: int, across: int) -> None:

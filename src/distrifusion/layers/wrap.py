@@ -40,8 +40,8 @@ class Refused(Layer):
     """A method that would be wrong while the model is as it is: it raises UnsupportedModel with ``why``."""
 
     def __init__(self, module: nn.Module, method: str, why: str) -> None:
-        super().__init__(module, method, FrameHolder())
         self.method, self._why = method, why
+        super().__init__(module, method, FrameHolder())
 
     @property
     def forward(self) -> Callable[..., Any]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from time import perf_counter
 from typing import Any, TypeVar
 
@@ -23,7 +23,9 @@ from ..metrics import Report
 from ..models import Call, Table
 from . import strategy_for
 from .agreement import check_call, check_latents, probe
+from .balance import Balance
 from .base import State
+from .compiling import Compiling
 from .guidance import Guidance, Halves
 from .independent import blended
 from .pairs import Pairs, Ran
@@ -43,9 +45,11 @@ class ParallelDenoiser:
         timesteps: asked at each call for an object that is another one in each picture, such as the scheduler's
             timesteps.
         guidance: the split of the batch, where models share one; None: one of its own.
+        balance: the rows of each rank, which it has in common with its feeders; None: one of its own.
         feeders: models that run before this one in each step and leave their outputs to it in patches, such as
             ControlNets. They are reported, reset and detached with it.
         notes: what the report is to say beside the numbers.
+        wrapper: see `Compiling`.
 
     Raises:
         ConfigError: the world does not fit the configuration.
@@ -60,8 +64,10 @@ class ParallelDenoiser:
         timesteps: Callable[[], Any] = lambda: None,
         *,
         guidance: Guidance | None = None,
+        balance: Balance | None = None,
         feeders: Sequence[ParallelDenoiser] = (),
         notes: Sequence[str] = (),
+        wrapper: Any = None,
     ) -> None:
         if config.context_window is not None and not table.has_window:
             raise UnsupportedModel(
@@ -77,6 +83,7 @@ class ParallelDenoiser:
         self._comm = comm
         self._mesh = Mesh.fit(config, comm.world)
         self._guidance = guidance if guidance is not None else Guidance(self._mesh, comm)
+        self._balance = balance if balance is not None else Balance(config, self._mesh, comm)
         self._feeders = tuple(feeders)
         self._notes = list(notes)
         self._cost = Cost()  # of a feeder, until it is asked for
@@ -89,14 +96,16 @@ class ParallelDenoiser:
         has_halves = self._mesh.size("cfg") > 1 and not self._feeders
         branch = self._guidance.branch if has_halves else None
         start = self._strategy.start
-        self._pairs = Pairs(branch, self._run, self._deliver, start, self._pictures.place, self._guarded)
+        self._pairs = Pairs(branch, self._run, self._skip, self._deliver, start, self._pictures.place, self._guarded)
+        self._leaving: State | None = None  # of the call whose last words go behind its prediction
         self._kind = "sync"  # how fresh the last call was
         self._moved: Moved | None = None  # where the patches of the last call were, if each stood alone
         self._sharing: Sharing | None = None  # of the present picture
         self._num_predictions = 0  # in rows
         self._is_running = False
-        self.report = self._new_report()
         self._inner: Callable[..., Any] = table.model.forward
+        self._compiling = Compiling(table.model, self._inner, wrapper)
+        self.report = self._new_report()
         self._previous = table.model.__dict__.get("forward")
         self._attach_layers()
 
@@ -104,7 +113,7 @@ class ParallelDenoiser:
         def forward(*args: Any, **kwargs: Any) -> Any:
             return self._forward(*args, **kwargs)
 
-        # Collectives and clocks are not for a compiler, which would make crumbs of what is between them.
+        # Collectives and clocks are not for a compiler, which would make crumbs of what is between them. See Compiling.
         self._outer: Callable[..., Any] = torch.compiler.disable(forward)  # type: ignore[no-untyped-call]
         self._is_detached = False
         self.model.forward = self._outer
@@ -175,6 +184,7 @@ class ParallelDenoiser:
                 result = work()
             except BaseException:
                 self._pictures.abandon()
+                self._leaving = None
                 raise
             finally:
                 self._holder.frame, self._is_running = None, False
@@ -183,6 +193,7 @@ class ParallelDenoiser:
         if self._table.gathers and self._cost.num_calls:
             cost = self.take_cost()
             self.report.step(self._kind, cost.seconds, cost.messages, cost.num_bytes)
+            self.report.slot_bytes = sum(parallel._pictures.slot_bytes for parallel in (self, *self._feeders))
         return result
 
     def _step(self, call: Call) -> Any:
@@ -192,52 +203,87 @@ class ParallelDenoiser:
         if is_new_picture:
             self.report = self._new_report()
             self._sharing = self._new_sharing()
+            if self._table.gathers:
+                self._balance.start()
         if self._sharing is not None and self._is_last(call, state):
             self._sharing.is_over = True
         if not state.is_checked:
             check_call(self._comm, call, self._config, conditioning)
             self._attach_layers()
             state.is_checked = True
-        return self._pairs.call(call, state) if self._table.gathers else self._run(call, state).result
+        state.num_calls += 1
+        if not self._table.gathers:
+            return self._run(call, state).result
+        place, num_branches = self._pictures.place(state)
+        result = self._pairs.call(call, state)
+        # Rows change between two steps, never in one: feeders run before this model, and the halves of `Pairs` meet.
+        is_last, size = place == num_branches - 1, self._table.size(call)
+        news = self._balance.end_call(state.num_calls, is_last, size, lambda weights: self._levels(call, weights))
+        if news:
+            self.report.notes.append(news)
+        return result
 
     def _run(self, call: Call, state: State) -> Ran:
         """Run the model on this rank's patch and part of the batch."""
         num_patches = self._mesh.size("patch")
-        picture = self._table.levels(*self._table.size(call), num_patches, self._dim)
-        rows, cols = self._config.rings
-        if rows or cols:
-            picture = picture.ring(*((rows, cols) if self._dim == 2 else (cols, rows)))
+        picture = self._levels(call)
+        if state.levels is not None and state.levels != picture:
+            state.forget(self._strategy.start())
+        state.levels = picture
         exchange = self._strategy.policy(state)
         fed = [feeder.take_cost() for feeder in self._feeders]
         is_fed = any(cost.num_calls for cost in fed)
-        self._moved = self._moves(call, state, picture.splits[0], is_fed) if num_patches > 1 else None
+        self._moved = self._moves(call, state, picture.splits[0], is_fed)
         own_call = self._own_batch(self._with_plain_latents(call))
-        frame = self._frame(call, picture, exchange)
+        frame = self._frame(call, picture, exchange, state.memory)
         if num_patches > 1:
             own_call = self._table.localise(own_call, frame, fed=is_fed)
         self._holder.frame = frame
-        exchange.begin()
-        result = self._inner(**own_call.arguments)
-        if num_patches > 1:
-            result = self._table.finish(result, frame)
-        own = self._table.fold(result[0], own_call, frame) if self._table.gathers else call.sample
+        with self._balance.measuring():
+            exchange.begin()
+            result = self._compiling.forward()(**own_call.arguments)
+            if num_patches > 1:
+                result = self._table.finish(result, frame)
+            own = self._table.fold(result[0], own_call, frame) if self._table.gathers else call.sample
         if not exchange.finish():
             self._pictures.forget()  # the model left out seams: the next step cannot build on this one
         state.step += 1
+        if self._table.gathers:
+            self._leaving = state
+        else:
+            state.depart()
         for cost in fed:
             self._cost.add(cost)
         self._cost.num_calls += 1
         self._kind = exchange.kind if num_patches > 1 else "sync"
         self.report.patches = picture.splits[0].sizes
+        self.report.balance = self._balance.origin(self._table.size(call))
         return Ran(result, own, picture.splits[0], self._moved)
 
-    def _frame(self, call: Call, picture: Levels, exchange: Exchange) -> Frame:
+    def _skip(self, before: Ran, call: Call, state: State) -> Ran:
+        """See `Pairs`."""
+        split = self._levels(call).splits[0]
+        moved = self._moves(call, state, split, is_fed=False)
+        own = before.own.new_zeros(before.own.shape)
+        if moved is not None:  # of the window that it would have had
+            shape = list(own.shape)
+            shape[self._dim] = len(moved.window(self._mesh.coordinate(self._comm.rank, "patch")))
+            own = own.new_zeros(shape)
+        return replace(before, own=own, split=split, moved=moved)
+
+    def _levels(self, call: Call, weights: tuple[float, ...] | None = None) -> Levels:
+        """The rows of all ranks at every level, by ``weights``; None: by the present ones."""
+        size, (rows, cols) = self._table.size(call), self._config.rings
+        levels = self._table.levels(*size, weights or self._balance.weights(size), self._dim)
+        return levels.ring(*((rows, cols) if self._dim == 2 else (cols, rows))) if rows or cols else levels
+
+    def _frame(self, call: Call, picture: Levels, exchange: Exchange, memory: dict[str, Any]) -> Frame:
         place, window = self._mesh.coordinate(self._comm.rank, "patch"), self._config.context_window
         num_frames, num_guests = self._table.num_frames(call), self._table.num_guests(call)
         patch, levels = place, picture
         if self._moved is not None:
             patch, levels = 0, picture.alone(self._moved.window(place))
-        return Frame(patch, self._dim, levels, exchange, num_frames, num_guests, context_window=window)
+        return Frame(patch, self._dim, levels, exchange, num_frames, num_guests, context_window=window, memory=memory)
 
     def _moves(self, call: Call, state: State, split: Split, is_fed: bool) -> Moved | None:
         """Where the patches of this step lie, if each stands alone.
@@ -245,6 +291,8 @@ class ParallelDenoiser:
         Raises:
             UnsupportedModel: a feeder that has not run at every step, and so was elsewhere.
         """
+        if split.num_patches == 1:
+            return None
         moved = self._strategy.moved(state, split, self._table.unit(call, fed=is_fed))
         for feeder in self._feeders if is_fed else ():
             if feeder._moved != moved:
@@ -281,7 +329,11 @@ class ParallelDenoiser:
             self._num_predictions += 1
             return Rows(own, split, self._dim - 4, sharing, self._num_predictions)
         known = probe(call.sample) if not isinstance(call.sample, Rows) else own.new_empty(0)
-        whole, probes = self._guidance.gather(own, known, batch, split, self._dim, halves)
+        gathering = self._guidance.gather(own, known, batch, split, self._dim, halves)
+        if self._leaving is not None:  # on a slow link the prediction would wait for what leaves before it
+            self._leaving.depart()
+            self._leaving = None
+        whole, probes = gathering.wait()
         check_latents(probes)
         return self._table.unfold(whole, ran.result[0])
 
@@ -307,7 +359,7 @@ class ParallelDenoiser:
         for known in [known for known in self._layers if known not in wanted]:
             self._layers.pop(known).detach()
         for known, layer in wanted.items():
-            if known not in self._layers:
+            if known not in self._layers and not layer.gives_way:
                 try:
                     layer.attach()
                 except DistrifusionError:
@@ -343,9 +395,12 @@ class ParallelDenoiser:
         return result
 
     def _new_report(self) -> Report:
-        notes = [*self._config.extras, *self._notes]
-        if self._config.extras and self._mesh.size("patch") == 1:
-            notes.append("no patches, so no codec and no window")
+        is_cut = self._mesh.size("patch") > 1
+        notes = [
+            extra if is_cut or extra.startswith("topology") else f"{extra} does nothing without patches"
+            for extra in self._config.extras
+        ]
+        notes += self._notes + ([self._compiling.note] if self._compiling.note else [])
         return Report(self._config.strategy, str(self._mesh), self._config.split, notes=notes)
 
 

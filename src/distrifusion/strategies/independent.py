@@ -60,7 +60,7 @@ class Shifted:
 
     def policy(self, state: State) -> Exchange:
         """See Strategy."""
-        return Fresh(self._comm) if state.step < self._config.warmup_steps else self._absent
+        return Fresh(self._comm) if self._step(state) < 0 else self._absent
 
     def moved(self, state: State, split: Split, unit: int) -> Moved | None:
         """See Strategy.
@@ -68,12 +68,17 @@ class Shifted:
         Raises:
             ConfigError: an overlap that is not a multiple of ``unit``.
         """
-        step, overlap = state.step - self._config.warmup_steps, self._config.overlap
+        step, overlap = self._step(state), self._config.overlap
         if overlap % unit:
             raise ConfigError(f"overlap={overlap} must be a multiple of {unit} rows here")
         if step < 0:
             return None
         return Moved(Split(split.bounds, split.is_ring, self._offset(step, split, unit)), overlap)
+
+    def _step(self, state: State) -> int:
+        """The number of the step after the synchronous ones; negative in these."""
+        # By calls, which both halves of the ranks of cfg=2 count alike, whoever makes them.
+        return state.num_calls - 1 - self._config.warmup_steps
 
     def _offset(self, step: int, split: Split, unit: int) -> int:
         """Where the first patch begins, in rows: within its own length, after which all borders are where they were."""
