@@ -63,8 +63,9 @@ def test_commands_and_flags() -> None:
         "generate": [
             *("--balance", "--cfg", "--codec", "--context-window", "--device", "--dtype", "--group-norm"),
             *("--guidance-scale", "--height", "--json", "--model"),
-            *("--negative-prompt", "--nproc", "--output", "--patch", "--seed", "--split", "--steps", "--strategy"),
-            *("--warmup-steps", "--width", "-o", "prompt"),
+            *("--negative-prompt", "--nproc", "--output", "--overlap", "--panorama", "--patch", "--seed", "--shift"),
+            *("--split", "--steps", "--strategy", "--text-encoders", "--tile", "--warmup-steps", "--width", "-o"),
+            "prompt",
         ],
         "compare": [
             *("--add", "--batch", "--cfg", "--codec", "--context-window", "--device", "--dtype", "--folders"),
@@ -112,6 +113,9 @@ def test_help_and_version_need_no_torch() -> None:
         (["-o", "picture"], "output 'picture': '' is no format of pictures"),
         (["-o", "nowhere/picture.png"], "output 'nowhere/picture.png': there is no folder 'nowhere'"),
         (["--bogus"], "No such option: --bogus"),
+        (["--panorama", "--tile"], "--panorama and --tile are two ways for the ends to meet"),
+        (["--shift", "far", "--strategy", "shifted"], "shift='far' must be one of 'golden', 'random', or a number"),
+        (["--overlap", "2"], "overlap=2 does nothing under strategy='displaced'"),
         (["--steps", "many"], "Invalid value for '--steps'"),
     ],
 )
@@ -209,6 +213,30 @@ def test_generate_paints_on_two_processes_and_json_is_alone_on_stdout(tiny: Path
     with Image.open(file) as image:
         assert image.size == (32, 40)
     assert list(tmp_path.iterdir()) == [file]
+
+
+def test_a_tile_comes_with_a_page_that_repeats_it(tiny: Path, tmp_path: Path) -> None:
+    words = ["generate", "<moss>", "--model", str(tiny), "--steps", "2", "--tile", "--json"]
+    done = subprocess.run(
+        [*DISTRIFUSION, *words, "-o", str(tmp_path / "moss.png")], capture_output=True, text=True, timeout=120
+    )
+    assert (done.returncode, done.stderr) == (0, "")
+    facts = json.loads(done.stdout)
+    assert facts["page"] == str(tmp_path / "moss.html")
+    assert "topology=torus" in facts["notes"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["moss.html", "moss.png"]
+    assert "<title>&lt;moss&gt;</title>" in (tmp_path / "moss.html").read_text()
+
+
+def test_a_panorama_is_wide_and_its_left_meets_its_right(monkeypatch: pytest.MonkeyPatch) -> None:
+    orders: list[commands.Order] = []
+    monkeypatch.setattr(commands, "generate", lambda order: orders.append(order))
+    assert cli.run(["generate", "x", "--panorama"]) == 0
+    assert cli.run(["generate", "x", "--panorama", "--width", "2048"]) == 0
+    assert cli.run(["generate", "x"]) == 0
+    assert [(order.height, order.width) for order in orders] == [(512, 1024), (512, 2048), (None, None)]
+    assert [order.config.topology for order in orders] == ["ring-x", "ring-x", "plane"]
+    assert [order.view for order in orders] == ["panorama", "panorama", None]
 
 
 def test_ctrl_c_ends_all_with_one_line(tiny: Path, tmp_path: Path) -> None:

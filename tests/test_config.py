@@ -19,6 +19,11 @@ def test_the_defaults_are_the_papers() -> None:
         "context_window": None,
         "text_encoders": "once",
         "balance": None,
+        "topology": "plane",
+        "shift": "golden",
+        "shift_seed": 0,
+        "overlap": 0,
+        "latents": "rows",
     }
 
 
@@ -40,7 +45,18 @@ def test_every_choice_is_accepted(strategy: str, split: str, group_norm: str) ->
             {"strategy": "pipelined"},
             r"strategy='pipelined' is not built yet; choose one of 'sync', 'displaced', 'naive'",
         ),
-        ({"strategy": "shifted"}, r"strategy='shifted' is not built yet"),
+        ({"topology": "ring"}, r"topology='ring' must be one of 'plane', 'ring-x', 'torus'"),
+        ({"strategy": "shifted", "shift": "sometimes"}, r"shift='sometimes' must be one of 'golden', 'random', or a"),
+        ({"strategy": "shifted", "shift": -1}, r"shift=-1 must be one of 'golden', 'random', or a number of rows"),
+        ({"strategy": "shifted", "shift": True}, r"shift=True must be"),
+        ({"strategy": "shifted", "shift": 1.5}, r"shift=1\.5 must be"),
+        ({"strategy": "shifted", "overlap": -1}, r"overlap=-1 must be a whole number of at least 0"),
+        ({"strategy": "shifted", "shift_seed": None}, r"shift_seed=None must be a whole number"),
+        ({"strategy": "shifted", "latents": "none"}, r"latents='none' must be one of 'rows', 'whole'"),
+        ({"strategy": "sync", "shift": 8}, r"shift=8 does nothing under strategy='sync', only under 'shifted'"),
+        ({"strategy": "naive", "overlap": 8}, r"overlap=8 does nothing under strategy='naive', only under 'shifted'"),
+        ({"latents": "whole"}, r"latents='whole' does nothing under strategy='displaced'"),
+        ({"codec": "int8", "strategy": "shifted"}, r"codec='int8' does nothing under strategy='shifted'"),
         ({"strategy": "tensor"}, r"strategy='tensor' is not built yet"),
         ({"split": "columns"}, r"split='columns' must be one of 'rows', 'cols'"),
         (

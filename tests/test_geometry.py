@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 
 from distrifusion.errors import ConfigError
-from distrifusion.geometry import Levels, Nearby, Nearest, Span, Split, Window, halo
+from distrifusion.geometry import Halo, Levels, Moved, Nearby, Nearest, Span, Split, Window, blend, halo, laps, moves
 
 WINDOWS = [
     Window(3, 1, (1, 1)),
@@ -31,14 +31,7 @@ def test_every_row_read_arrives_in_order(window: Window, size: int, world: int) 
     plans = [halo(inputs, outputs, window, rank) for rank in range(world)]
     for rank, plan in enumerate(plans):
         out = outputs.span(rank)
-        rows: list[int | None] = [None] * plan.zeros[0]
-        for peer in range(world):
-            if peer == rank:
-                rows += [inputs.span(rank).start + i for i in range(plan.own.start, plan.own.stop)]
-            for target, span in plans[peer].sends:
-                if target == rank:
-                    rows += [inputs.span(peer).start + i for i in range(span.start, span.stop)]
-        rows += [None] * plan.zeros[1]
+        rows = rows_of(plan, plans, inputs, rank)
         assert len(rows) == plan.num_rows
         if len(out):
             wanted = window.reads(out)
@@ -46,10 +39,104 @@ def test_every_row_read_arrives_in_order(window: Window, size: int, world: int) 
             assert window.out_size(len(rows) - sum(window.padding)) == len(out)
         else:
             assert rows == []
-        for peer, count in plan.recvs:  # what I expect of a peer is what it sends me
-            assert len(dict(plans[peer].sends)[rank]) == count
-        assert sum(count for _, count in plan.recvs) == plan.before + plan.after
-    assert {plan.total_recvs for plan in plans} == {sum(plan.before + plan.after for plan in plans)}
+    travelling = sum(count for plan in plans for _, count in plan.recvs)
+    assert {plan.total_recvs for plan in plans} == {travelling}
+
+
+def rows_of(plan: Halo, plans: list[Halo], inputs: Split, rank: int) -> list[int | None]:
+    """The rows of the picture that ``plan`` puts together, from what the peers' plans send."""
+    sent: dict[int, list[int]] = {}
+    for peer, theirs in enumerate(plans):
+        runs = [row for run in inputs.runs(peer) for row in range(run.start, run.stop)]
+        for target, spans in theirs.sends:
+            if target == rank:
+                sent[peer] = [runs[i] for span in spans for i in range(span.start, span.stop)]
+    assert {peer: len(rows) for peer, rows in sent.items()} == dict(plan.recvs)  # what I expect of a peer
+    own = [row for run in inputs.runs(rank) for row in range(run.start, run.stop)]
+    rows: list[int | None] = []
+    for part in plan.parts:
+        source = own if part.peer == rank else sent.get(part.peer, []) if part.peer is not None else [None] * part.rows
+        rows += source[part.start : part.start + part.rows]
+    return rows
+
+
+@pytest.mark.parametrize("window", [w for w in WINDOWS if w.stride < 3 and w.out_size(24) * w.stride == 24], ids=str)
+@pytest.mark.parametrize("size", [8, 24])
+@pytest.mark.parametrize("bounds", [(0, 1), (0, 0.5, 1), (0, 0.25, 0.25, 1), (0, 0, 0.125, 0.75, 1, 1)], ids=str)
+def test_on_a_ring_rows_beyond_the_picture_are_those_at_its_other_end(
+    window: Window, size: int, bounds: tuple[float, ...]
+) -> None:
+    inputs = Split(tuple(int(bound * size) for bound in bounds), is_ring=True)
+    outputs = inputs.strided(window.stride, window.out_size(size))
+    world = inputs.num_patches
+    plans = [halo(inputs, outputs, window, rank) for rank in range(world)]
+    for rank, plan in enumerate(plans):
+        out = outputs.span(rank)
+        wanted = window.reads(out) if len(out) else Span(0, 0)
+        assert rows_of(plan, plans, inputs, rank) == [i % size for i in range(wanted.start, wanted.stop)]
+
+
+@pytest.mark.parametrize("is_ring", [False, True])
+@pytest.mark.parametrize("overlap", [0, 2, 5])
+@pytest.mark.parametrize("bounds", [(0, 6, 12, 16), (0, 8, 16), (0, 5, 9, 12, 14, 16)], ids=str)
+def test_moved_patches_get_the_rows_that_they_do_not_have(bounds: tuple[int, ...], overlap: int, is_ring: bool) -> None:
+    world, size = len(bounds) - 1, 16
+    for before, after in itertools.product(range(0, 16, 3), repeat=2):
+        split, moved = Split(bounds, is_ring, before), Moved(Split(bounds, is_ring, after), overlap)
+        plans = [moves(split, moved.windows, rank) for rank in range(world)]
+        held = [{row for run in split.runs(rank) for row in range(run.start, run.stop)} for rank in range(world)]
+        for rank, plan in enumerate(plans):
+            window = moved.window(rank)
+            wanted = [row % size for row in range(window.start, window.stop)]
+            assert len(wanted) == len(set(wanted))  # no row twice
+            assert rows_of(plan, plans, split, rank) == wanted
+            assert sum(count for _, count in plan.recvs) == len(set(wanted) - held[rank])  # no row that it had
+            margins, own = moved.margins(rank), moved.split.runs(rank)
+            inner = wanted[margins[0] : len(wanted) - margins[1]]
+            assert inner == [row for run in own for row in range(run.start, run.stop)]
+            if not is_ring:  # no window reaches over the picture's end, but for the patch that lies there itself
+                assert len(list(laps(window, size))) == len(own)
+
+
+@pytest.mark.parametrize("is_ring", [False, True])
+@pytest.mark.parametrize("origin", [0, 3, 5])
+@pytest.mark.parametrize("overlap", [0, 1, 4])
+def test_windows_are_blended_with_weights_that_add_up_to_one(overlap: int, origin: int, is_ring: bool) -> None:
+    moved = Moved(Split((0, 6, 12, 16), is_ring, origin), overlap)
+    plans = [blend(moved, rank) for rank in range(3)]
+    for rank, plan in enumerate(plans):
+        rows = moved.split.sizes[rank]
+        total = [0.0] * rows
+        for (source, places), weights in zip(plan.recvs, plan.weights, strict=True):
+            assert all(weight > 0 for weight in weights)
+            if source != rank:
+                assert len(dict(plans[source].sends)[rank]) == len(places)
+            for place, weight in zip(places, weights, strict=True):
+                total[place] += weight
+        assert total == pytest.approx([1.0] * rows)
+        if not overlap:
+            assert plan.recvs == ((rank, tuple(range(rows))),)
+            assert plan.sends == ()
+
+
+def test_a_patch_that_stands_alone_is_halved_from_its_own_first_row() -> None:
+    windows = [Window(3, 2, (1, 1))] * 2
+    levels = Levels.down(21, 8, (1.0,) * 3, windows, windows)
+    alone = levels.alone(Span(3, 12))
+    assert alone.strips == ((9,), (5,), (3,))
+    assert [split.origin for split in alone.splits] == [3, 1, 0]
+    assert [split.sizes[0] for split in alone.splits] == [9, 5, 3]
+    divided = levels.alone(Span(18, 25))  # three rows at the end of the picture, four at its start
+    assert divided.strips == ((3, 4), (2, 2), (1, 1))
+    joined = Levels.down(20, 8, (1.0,) * 3, windows, windows).ring(True, False).alone(Span(18, 25))
+    assert joined.strips == ((7,), (4,), (2,))
+
+
+def test_a_ring_must_shrink_evenly() -> None:
+    windows = [Window(3, 2, (1, 1))] * 2
+    with pytest.raises(ConfigError, match=r"latent of 22 rows or columns cannot go around.*multiple of 4"):
+        Levels.down(22, 8, (1.0,) * 3, windows, windows).ring(True, False)
+    assert Levels.down(22, 8, (1.0,) * 3, windows, windows).ring(False, True).is_ring_across
 
 
 def test_halos_reach_direct_neighbours_only_when_patches_are_thick_enough() -> None:
@@ -161,14 +248,26 @@ def test_a_window_of_context_is_the_nearer_part_of_each_neighbour(
     split = Split(bounds)
     plans = [halo(split, split, Nearby(split, share), patch) for patch in range(split.num_patches)]
     for patch, (plan, wanted) in enumerate(zip(plans, reads, strict=True)):
-        own = split.span(patch)
         if wanted is None:
             assert not plan.recvs
             assert not plan.sends
             continue
-        assert (own.start - plan.before, own.stop + plan.after) == wanted
-        assert plan.zeros == (0, 0)
-        assert plan.own == Span(0, len(own))
-        for peer, count in plan.recvs:
-            (rows,) = [rows for receiver, rows in plans[peer].sends if receiver == patch]
-            assert len(rows) == count
+        assert rows_of(plan, plans, split, patch) == list(range(*wanted))
+
+
+@pytest.mark.parametrize(
+    ("bounds", "share", "reads"),
+    [
+        ((0, 4, 8, 12), 0.5, [(-2, 6), (2, 10), (6, 14)]),
+        ((0, 6, 12), 0.5, [(-3, 9), (3, 15)]),
+        ((0, 6, 12), 1.0, [(-6, 6), (0, 12)]),  # the neighbour on both sides is one and the same: no row twice
+        ((0, 12), 0.5, [(0, 12)]),
+    ],
+)
+def test_on_a_ring_the_last_patch_is_before_the_first(
+    bounds: tuple[int, ...], share: float, reads: list[tuple[int, int]]
+) -> None:
+    split = Split(bounds, is_ring=True)
+    plans = [halo(split, split, Nearby(split, share), patch) for patch in range(split.num_patches)]
+    for patch, (plan, wanted) in enumerate(zip(plans, reads, strict=True)):
+        assert rows_of(plan, plans, split, patch) == [row % split.size for row in range(*wanted)]

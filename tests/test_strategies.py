@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 import distrifusion as df
 from distrifusion.comm import Comm, Meter, Tracer
+from distrifusion.config import BUILT
 from distrifusion.metrics import Report
 from models import SHAPES, build, conditioning, distance, latents
 from pipelines import drawing
@@ -19,7 +20,7 @@ from reference import DisplacedReference, owners
 EXACT = 1e-5  # another order of float32 sums; see test_layers.py
 OTHER = 1e-3  # staleness, a missing halo: what two strategies differ by at least
 
-STRATEGIES = ["sync", "displaced", "naive"]
+STRATEGIES = list(BUILT)
 
 
 def displaced(**settings: Any) -> df.ParallelConfig:

@@ -14,7 +14,7 @@ import typer
 from . import __version__
 from .bench import bench
 from .compare import compare
-from .config import ParallelConfig
+from .config import ParallelConfig, shift_choice
 from .errors import ConfigError, RanksDisagree, UnsupportedModel
 
 BAD_INPUT, FAILED, INTERRUPTED = 2, 1, 130  # exit codes
@@ -55,7 +55,7 @@ def generate(
         int | None,
         typer.Option(help="Worker processes. Without it: all GPUs, or on the CPU as many as --cfg and --patch need."),
     ] = None,
-    strategy: Annotated[str, typer.Option(help="sync (exact), displaced or naive.")] = _DEFAULT.strategy,
+    strategy: Annotated[str, typer.Option(help="sync (exact), displaced, naive or shifted.")] = _DEFAULT.strategy,
     cfg: Annotated[int, typer.Option(help="2: the branches of guidance on separate ranks.")] = _DEFAULT.cfg,
     patch: Annotated[
         int | None, typer.Option(help="Ranks along the picture; without it, all that --cfg leaves.")
@@ -65,7 +65,7 @@ def generate(
         str, typer.Option(help="Statistics of displaced steps: corrected, carried, stale, separate or sync.")
     ] = _DEFAULT.group_norm,
     warmup_steps: Annotated[
-        int, typer.Option(help="Synchronous steps after the first, for displaced.")
+        int, typer.Option(help="Synchronous steps: after the first, for displaced; at all, for shifted.")
     ] = _DEFAULT.warmup_steps,
     codec: Annotated[
         str | None,
@@ -80,8 +80,24 @@ def generate(
     balance: Annotated[
         str | None, typer.Option(help="Rows for unequal ranks: measured, or weights such as 2,1,1. Without it, equal.")
     ] = None,
-    height: Annotated[int | None, typer.Option(help="Pixels; without it, the model's own.")] = None,
-    width: Annotated[int | None, typer.Option(help="Pixels; without it, the model's own.")] = None,
+    shift: Annotated[
+        str, typer.Option(help="How shifted moves the borders: golden, random, or rows of latent per step.")
+    ] = str(_DEFAULT.shift),
+    overlap: Annotated[
+        int, typer.Option(help="Rows of latent by which the patches of shifted overlap on each side.")
+    ] = _DEFAULT.overlap,
+    panorama: Annotated[
+        bool, typer.Option("--panorama", help="360 degrees: left meets right. With a page to look around in.")
+    ] = False,
+    tile: Annotated[
+        bool, typer.Option("--tile", help="A texture: left meets right and top meets bottom. With a page.")
+    ] = False,
+    height: Annotated[
+        int | None, typer.Option(help="Pixels; without it, the model's own, or 512 for a panorama.")
+    ] = None,
+    width: Annotated[
+        int | None, typer.Option(help="Pixels; without it, the model's own, or 1024 for a panorama.")
+    ] = None,
     steps: Annotated[int, typer.Option(help="Denoising steps.")] = 30,
     guidance_scale: Annotated[float, typer.Option(help="Strength of the guidance.")] = 5.0,
     negative_prompt: Annotated[str | None, typer.Option(help="What not to paint.")] = None,
@@ -99,6 +115,10 @@ def generate(
 
     Alone, the command starts its workers itself; under torchrun it joins the given ranks, and rank 0 prints and writes.
     """
+    if panorama and tile:
+        raise ConfigError("--panorama and --tile are two ways for the ends to meet: give one of them")
+    if panorama:
+        height, width = height or 512, width or 1024
     config = ParallelConfig(
         strategy=strategy,  # type: ignore[arg-type]
         cfg=cfg,
@@ -110,6 +130,9 @@ def generate(
         context_window=context_window,
         text_encoders=text_encoders,  # type: ignore[arg-type]
         balance=balance,
+        topology="ring-x" if panorama else "torus" if tile else "plane",
+        shift=shift_choice(shift),
+        overlap=overlap,
     )
     from . import commands
 
@@ -127,6 +150,7 @@ def generate(
         dtype=dtype,
         device=device,
         output=output,
+        view="panorama" if panorama else "tile" if tile else None,
     )
     result = commands.generate_joined(order) if "RANK" in os.environ else commands.generate(order)
     if result is not None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import secrets
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -18,6 +18,7 @@ from .errors import ConfigError, DistrifusionError
 from .mesh import Mesh
 from .metrics import Report
 from .painter import OnStep, Request, Setup
+from .viewer import View, page
 
 
 @dataclass(frozen=True)
@@ -37,6 +38,12 @@ class Order:
     dtype: str | None
     device: str
     output: Path
+    view: View | None = None  # of a picture whose ends meet
+
+    @property
+    def page(self) -> Path:
+        """The file of the view."""
+        return self.output.with_suffix(".html")
 
     def arguments(self) -> dict[str, Any]:
         """The keywords of the pipeline."""
@@ -64,7 +71,7 @@ def generate(order: Order) -> Written:
     Raises:
         DistrifusionError: see `Engine`; nothing was written.
     """
-    check_output(order.output)
+    _check_outputs(order)
     check_device(order.device)
     world = num_workers(order.config, order.nproc, order.device)
     found = _check(order, world)  # before the engine starts processes
@@ -115,13 +122,19 @@ def _check(order: Order, world: int) -> checkpoint.Checkpoint:
 
 def _setup(order: Order, rank: int, world: int) -> tuple[Setup, Request]:
     if rank == 0:
-        check_output(order.output)
+        _check_outputs(order)
     if order.nproc is not None and order.nproc != world:
         raise ConfigError(f"nproc={order.nproc} where torchrun has started {world} ranks: leave it out")
     found = _check(order, world)
     dtype = dtype_name(order.dtype, order.device, found)
     setup = Setup(path=str(found.path.absolute()), config=order.config, device=order.device, dtype=dtype)
     return setup, make_request(order.seed, order.arguments(), found.default_size)
+
+
+def _check_outputs(order: Order) -> None:
+    check_output(order.output)
+    if order.view is not None and (order.page.is_dir() or (order.page.exists() and not os.access(order.page, os.W_OK))):
+        raise ConfigError(f"the page {str(order.page)!r} beside the picture is there and cannot be written to")
 
 
 def check_output(path: Path) -> None:
@@ -159,15 +172,10 @@ def _write(order: Order, images: Any, report: Report, seconds: float, world: int
     image = images[0]
     if not hasattr(image, "save"):
         raise ConfigError(f"the model makes {type(image).__name__}, and this command writes pictures: use df.Engine")
-    whole = _beside(order.output)
-    try:
-        image.save(whole)
-        os.replace(whole, order.output)  # the file appears whole or not at all
-    except OSError as error:
-        raise DistrifusionError(f"output {str(order.output)!r} could not be written: {error}") from error
-    finally:
-        with suppress(FileNotFoundError):
-            whole.unlink()
+    _whole_or_not(order.output, image.save)
+    if order.view is not None:
+        text = page(order.output, order.view, order.prompt)
+        _whole_or_not(order.page, lambda path: path.write_text(text, encoding="utf-8"))
     width, height = image.size
     facts = {
         "file": str(order.output),
@@ -182,7 +190,27 @@ def _write(order: Order, images: Any, report: Report, seconds: float, world: int
         **report.as_dict(),
     }
     lines = [report.line(), f"wrote {order.output} ({width} x {height}, seed {order.seed}) in {seconds:.1f} s"]
+    if order.view is not None:
+        facts["page"] = str(order.page)
+        lines.append(f"wrote {order.page}: open it in a browser")
     return Written(lines, facts)
+
+
+def _whole_or_not(path: Path, write: Callable[[Path], Any]) -> None:
+    """Let a file appear whole or not at all.
+
+    Raises:
+        DistrifusionError: it could not be written.
+    """
+    whole = _beside(path)
+    try:
+        write(whole)
+        os.replace(whole, path)
+    except OSError as error:
+        raise DistrifusionError(f"output {str(path)!r} could not be written: {error}") from error
+    finally:
+        with suppress(FileNotFoundError):
+            whole.unlink()
 
 
 @contextmanager

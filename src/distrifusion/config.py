@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Any, Literal, get_args
 
 from .errors import ConfigError
@@ -15,8 +15,17 @@ SplitDim = Literal["rows", "cols"]
 GroupNormMode = Literal["corrected", "carried", "stale", "separate", "sync"]
 TextEncoders = Literal["once", "freed", "every"]
 
-BUILT: tuple[StrategyName, ...] = ("sync", "displaced", "naive")
+Topology = Literal["plane", "ring-x", "torus"]
+Latents = Literal["rows", "whole"]
+
+BUILT: tuple[StrategyName, ...] = ("sync", "displaced", "naive", "shifted")
 """Strategies that this release runs; the other names are reserved and refused with a line that says so."""
+
+SHIFTS = ("golden", "random")
+"""Ways to move the borders of ``shifted``, beside a number of rows."""
+
+ALONE: tuple[StrategyName, ...] = ("naive", "shifted")
+"""Strategies that exchange nothing inside the denoiser."""
 
 CODECS = ("fp16", "bf16", "int8", "int4", "int2", "1bit")
 """Codecs for what travels between ranks, see docs/codecs.md."""
@@ -34,11 +43,13 @@ class ParallelConfig:
 
     Args:
         strategy: ``"sync"`` is exact, ``"displaced"`` reuses the previous step's features of the peers
-            (DistriFusion, arXiv 2402.19481), ``"naive"`` exchanges nothing inside the denoiser (the baseline).
+            (DistriFusion, arXiv 2402.19481), ``"naive"`` exchanges nothing inside the denoiser (the baseline), and
+            ``"shifted"`` neither, but moves the borders at every step (SpotDiffusion, arXiv 2407.15507).
         cfg: 2 runs the conditional and the unconditional branch of classifier-free guidance on separate ranks.
         patch: ranks along the picture; None takes all that ``cfg`` leaves.
         split: ``"rows"`` or ``"cols"`` of the latent.
-        warmup_steps: synchronous steps after the first one; ``displaced`` only (0: only the first is synchronous).
+        warmup_steps: synchronous steps after the first one under ``displaced`` (0: only the first is synchronous);
+            synchronous steps at all under ``shifted``, whose first step needs no other.
         group_norm: statistics under ``displaced``: ``"corrected"`` (the paper's: all old, moved by the own change),
             ``"carried"`` (the peers' patches taken to have changed much as the own one; nearer to one device),
             ``"stale"`` (peers' old, own fresh), ``"separate"`` (own only) or ``"sync"`` (exact, waits).
@@ -56,6 +67,16 @@ class ParallelConfig:
             rank along the picture, such as ``(2, 1, 1)`` or ``"2,1,1"`` (which is how it is kept): rows in proportion.
             ``"measured"``: after ``warmup_steps`` steps of each picture, rows in proportion to the speed measured in
             them (STADI, arXiv 2509.04719). See docs/unequal-devices.md.
+        topology: ``"plane"``; ``"ring-x"``: the left edge of the picture meets the right one, as in a panorama of 360
+            degrees; ``"torus"``: top and bottom meet too, as in a tile. On one device too. Models without positions.
+        shift: how far ``shifted`` moves the borders: ``"golden"`` (by the golden ratio of a patch at every step),
+            ``"random"``, or a number of rows of latent per step; 0 is ``"naive"``.
+        shift_seed: of ``shift="random"``.
+        overlap: rows of latent that each patch of ``shifted`` computes beyond its own on both sides; there the
+            predictions are blended (MultiDiffusion, arXiv 2302.08113).
+        latents: what a rank of ``shifted`` knows between steps: ``"rows"`` of its own, so that only those that enter
+            its patch travel; a callback that looks at the latents must then look on every rank. ``"whole"`` sends all
+            predictions to all ranks, as the other strategies do. The same picture.
 
     Raises:
         ConfigError: a value that is not one of these, printed with what would be right.
@@ -71,6 +92,11 @@ class ParallelConfig:
     context_window: float | None = None
     text_encoders: TextEncoders = "once"
     balance: str | Sequence[float] | None = None
+    topology: Topology = "plane"
+    shift: str | int = "golden"
+    shift_seed: int = 0
+    overlap: int = 0
+    latents: Latents = "rows"
 
     def __post_init__(self) -> None:
         _one_of("strategy", self.strategy, get_args(StrategyName))
@@ -95,11 +121,29 @@ class ParallelConfig:
                 "warmup_steps must be at least 1"
             )
         for name in ("codec", "context_window"):
-            if self.strategy == "naive" and getattr(self, name) is not None:
+            if self.strategy in ALONE and getattr(self, name) is not None:
                 raise ConfigError(
-                    f"{name}={getattr(self, name)!r} does nothing under strategy='naive', which exchanges nothing "
-                    "inside the denoiser; leave it out"
+                    f"{name}={getattr(self, name)!r} does nothing under strategy={self.strategy!r}, which exchanges "
+                    "nothing inside the denoiser; leave it out"
                 )
+        _one_of("topology", self.topology, get_args(Topology))
+        _one_of("latents", self.latents, get_args(Latents))
+        if (
+            isinstance(self.shift, bool)
+            or not (self.shift in SHIFTS or isinstance(self.shift, int))
+            or (isinstance(self.shift, int) and self.shift < 0)
+        ):
+            raise ConfigError(f"shift={self.shift!r} must be one of {_quoted(SHIFTS)}, or a number of rows")
+        _whole("shift_seed", self.shift_seed, 0)
+        _whole("overlap", self.overlap, 0)
+        if self.strategy != "shifted":
+            for field in fields(self):
+                value = getattr(self, field.name)
+                if field.name in _OF_SHIFTED and value != field.default:
+                    raise ConfigError(
+                        f"{field.name}={value!r} does nothing under strategy={self.strategy!r}, only under 'shifted'; "
+                        "leave it out"
+                    )
 
     @property
     def codecs(self) -> dict[str, str]:
@@ -116,10 +160,16 @@ class ParallelConfig:
         return tuple(map(float, self.balance.split(",")))
 
     @property
+    def rings(self) -> tuple[bool, bool]:
+        """Whether rows, and whether columns, go around the picture."""
+        return self.topology == "torus", self.topology != "plane"
+
+    @property
     def extras(self) -> list[str]:
         """What was asked of the patches beyond the strategy, as ``name=value``."""
-        names = ("codec", "context_window", "balance")
-        return [f"{name}={getattr(self, name)}" for name in names if getattr(self, name) is not None]
+        extras = [field for field in fields(self) if field.name in _EXTRAS]
+        given = [f"{field.name}={value}" for field in extras if (value := getattr(self, field.name)) != field.default]
+        return [f"shift={self.shift}", *given] if self.strategy == "shifted" else given
 
     def __str__(self) -> str:
         facts = [
@@ -128,6 +178,15 @@ class ParallelConfig:
         ]
         shared = [f"text_encoders={self.text_encoders}"] if self.text_encoders != "once" else []
         return " ".join(facts + self.extras + shared)
+
+
+_OF_SHIFTED = ("shift", "shift_seed", "overlap", "latents")
+_EXTRAS = ("codec", "context_window", "balance", "topology", "shift_seed", "overlap", "latents")
+
+
+def shift_choice(text: str) -> str | int:
+    """What the command line calls a shift: a name, or a number of rows."""
+    return int(text) if text.isascii() and text.isdigit() else text
 
 
 def codec_choices(names: Sequence[str]) -> list[str | None]:

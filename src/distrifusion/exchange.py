@@ -230,9 +230,10 @@ class Absent(_Named):
     is_slow = False
     sees_peers = False
 
-    def __init__(self, rank: int) -> None:
+    def __init__(self, rank: int, kind: str = "naive") -> None:
         super().__init__()
         self._rank = rank
+        self.kind = kind
 
     def neighbours(
         self, key: str, patch: Tensor, plan: Halo, dim: int, kind: str = "halo"
@@ -259,7 +260,8 @@ class Absent(_Named):
 
 
 def _outgoing(patch: Tensor, plan: Halo, dim: int) -> dict[int, Tensor]:
-    return {peer: patch.narrow(dim, span.start, len(span)) for peer, span in plan.sends}
+    rows = {peer: [patch.narrow(dim, span.start, len(span)) for span in spans] for peer, spans in plan.sends}
+    return {peer: parts[0] if len(parts) == 1 else torch.cat(parts, dim) for peer, parts in rows.items()}
 
 
 def _resized(shape: Sequence[int], dim: int, size: int) -> tuple[int, ...]:

@@ -53,6 +53,12 @@ class Report:
         self.messages.append(messages)
         self.bytes.append(num_bytes)
 
+    def add_to_last(self, messages: int, num_bytes: int) -> None:
+        """What was sent after a call of the denoiser, for what it gave."""
+        if self.messages:
+            self.messages[-1] += messages
+            self.bytes[-1] += num_bytes
+
     def as_dict(self) -> dict[str, Any]:
         """Plain values for JSON: the medians of the prevailing (last) kind of step beside the counts of each kind."""
         last = self.kinds[-1] if self.kinds else self.strategy

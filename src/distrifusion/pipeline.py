@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 import weakref
 from collections.abc import Callable
 from typing import Any, TypeVar
@@ -9,23 +10,26 @@ from typing import Any, TypeVar
 from diffusers import DiffusionPipeline
 from torch import nn
 
-from .comm import Comm
+from .comm import Comm, alone
 from .config import ParallelConfig
 from .errors import ConfigError, UnsupportedModel
 from .mesh import Mesh
 from .metrics import Report
-from .models import controlnet_table, is_known, table_for, vae_halves
+from .models import controlnet_table, is_known, table_for, vae_halves, wrapping_layers
 from .strategies.agreement import agree
 from .strategies.balance import Balance
 from .strategies.denoiser import ParallelDenoiser
 from .strategies.encoders import SharedEncoder
 from .strategies.guidance import Guidance
 from .strategies.vae import ParallelVAE
+from .strategies.wrapped import Wrapped
 
 T = TypeVar("T")
 
 DENOISERS = ("unet", "transformer", "transformer_2")
 """Components of a pipeline that predict the noise."""
+
+_WRAPPING = threading.Lock()  # ranks that are threads may share a VAE whose pictures' ends meet
 
 _MARK = "_distrifusion"  # the attribute of a model that is parallel
 _SHARED = "_distrifusion_shared"  # and of a text encoder that one rank runs for all
@@ -44,7 +48,7 @@ def parallelize(target: T, config: ParallelConfig | None = None, comm: Comm | No
             (LOCAL_RANK picks the device; NCCL on CUDA, Gloo on CPU), else a world of one.
 
     Returns:
-        The same object. A world of one changes nothing.
+        The same object. A world of one changes nothing, but for a ``topology`` whose ends meet.
 
     Raises:
         ConfigError: the world does not fit the configuration, or the target is parallel already.
@@ -60,14 +64,21 @@ def parallelize(target: T, config: ParallelConfig | None = None, comm: Comm | No
         comm = _comm_from_environment(target, models or [vae])
     if comm is None or comm.world == 1:
         Mesh.fit(config, 1)
-        return target
+        if config.topology == "plane":
+            return target
+        comm = comm if comm is not None else alone(next((models or [vae])[0].parameters()).device)
+    if config.topology != "plane":
+        _check_ends(target, config)
     agree(comm, {"configuration": str(config)})  # before ranks act on other ones in another order
     mesh = Mesh.fit(config, comm.world)
     guidance = Guidance(mesh, comm)
     timesteps = _timesteps_of(target)
     is_shared = hasattr(vae, _MARK)
     try:
-        whole = _spread_vae(vae, config, comm, timesteps, is_target=not models)
+        if config.topology == "plane":
+            whole = _spread_vae(vae, config, comm, timesteps, is_target=not models)
+        else:
+            whole = _wrap(vae, config, comm)
         agree(comm, {"VAE": "; ".join(whole) or "parallel"})  # or a rank with offload would leave the others to wait
         for model in models:
             nets = [] if model is target else _controlnets(target)
@@ -89,13 +100,53 @@ def parallelize(target: T, config: ParallelConfig | None = None, comm: Comm | No
         for model in [*models, *_controlnets(target), *([] if is_shared else [vae])]:
             _take_back(model)
         raise
-    if config.text_encoders != "every":
+    if config.text_encoders != "every" and comm.world > 1:
         freed = config.text_encoders == "freed"
         for place, (name, encoder) in enumerate(_text_encoders(target).items()):
             if not hasattr(encoder, _SHARED):  # another pipeline's too, as the refiner's and the base's
                 encoders = SharedEncoder(encoder, name, comm, place % comm.world, freed=freed)
                 setattr(encoder, _SHARED, encoders)
     return target
+
+
+def _check_ends(target: Any, config: ParallelConfig) -> None:
+    """Refuse what would see the ends of a picture where they are to meet.
+
+    Raises:
+        UnsupportedModel: a T2I-Adapter, or a ControlNet of another kind than the U-Net's.
+    """
+    strangers = [getattr(target, "adapter", None)] if isinstance(target, DiffusionPipeline) else []
+    for model in _denoisers(target) if isinstance(target, DiffusionPipeline) else []:
+        strangers += [net for net in _controlnets(target) if controlnet_table(net, model) is None]
+    for stranger in strangers:
+        if stranger is not None:
+            raise UnsupportedModel(
+                f"topology={config.topology!r}: {type(stranger).__name__} runs whole and sees the ends of the picture; "
+                "leave it out"
+            )
+
+
+def _wrap(vae: Any, config: ParallelConfig, comm: Comm) -> list[str]:
+    """Let the ends of the VAE's pictures meet, unless a pipeline that shares it has done that already.
+
+    Returns what the report is to say: it runs whole on every rank.
+
+    Raises:
+        ConfigError: that one has asked for another topology.
+        UnsupportedModel: a VAE that is not known.
+    """
+    if vae is None:
+        return []
+    with _WRAPPING:
+        before = getattr(vae, _MARK, None)
+        if before is None:
+            setattr(vae, _MARK, Wrapped(vae, wrapping_layers(vae, config.rings), config.topology))
+        elif (other := getattr(before, "topology", "plane")) != config.topology:
+            raise ConfigError(
+                f"this {type(vae).__name__} has topology={other!r} already, in a pipeline that shares it, "
+                f"and is to have {config.topology!r}; call df.restore on that first"
+            )
+    return [f"{type(vae).__name__} runs whole on every rank, where the picture's ends meet"] if comm.world > 1 else []
 
 
 def _spread_vae(
@@ -147,6 +198,8 @@ def restore(target: T) -> T:
         if shared is not None:
             shared.detach()
             delattr(encoder, _SHARED)
+    with _WRAPPING:
+        _take_back(_vae(target))
     return target
 
 

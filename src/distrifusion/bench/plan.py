@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from ..config import MEASURED, ParallelConfig, StrategyName
+from ..config import ALONE, MEASURED, ParallelConfig, StrategyName
 from ..errors import ConfigError
 from ..geometry import Split
 from ..mesh import Mesh
@@ -125,7 +125,7 @@ def cases_for(
 ) -> tuple[Case, ...]:
     """The bare model on one thread and on ``threads``, then every strategy on every world with every codec.
 
-    One rank is one case, and so is ``"naive"``, which sends nothing that a codec could shorten.
+    One rank is one case, and so are strategies that send nothing that a codec could shorten.
     """
     cases = [Case(None)] + ([Case(None, threads=threads)] if threads > 1 else [])
     for world in worlds:
@@ -133,7 +133,7 @@ def cases_for(
             cases.append(Case(strategies[0]))
             continue
         for strategy in strategies:
-            if strategy == "naive":
+            if strategy in ALONE:
                 cases.append(Case(strategy, world, balance=balance))
                 continue
             cases += [

@@ -2,7 +2,7 @@
 
 from .meter import Meter
 from .protocol import Comm, Pending
-from .threads import run_ranks
+from .threads import alone, run_ranks
 from .tracer import Tracer
 
-__all__ = ["Comm", "Meter", "Pending", "Tracer", "run_ranks"]
+__all__ = ["Comm", "Meter", "Pending", "Tracer", "alone", "run_ranks"]

@@ -24,8 +24,9 @@ class PatchSiLU(Layer):
 
     def _forward(self, x: Tensor) -> Tensor:
         module = self.module
-        is_picture = x.ndim == 4 and x.numel()  # not the time embedding, or a patch without rows
-        if not is_picture or module.inplace or torch.compiler.is_compiling():  # a compiler sees to such copies
+        # Not the time embedding, a patch without rows, or one without a halo; and a compiler sees to such copies.
+        is_picture = x.ndim == 4 and x.numel() and not self.frame.levels.strips
+        if not is_picture or module.inplace or torch.compiler.is_compiling():
             plain: Tensor = self.plain(module, x)
             return plain
         out = empty_with_room(x, x.shape, self.frame.dim)

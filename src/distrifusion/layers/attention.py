@@ -110,7 +110,8 @@ class PatchAttention(Layer):
             return sizes[frame.patch]
         if frame.context_window is None:
             return sum(sizes)
-        rows = Nearby(split, frame.context_window).reads(own) & Span(0, split.size) if len(own) else own
+        rows = Nearby(split, frame.context_window).reads(own) if len(own) else own
+        rows = rows if split.is_ring else rows & Span(0, split.size)
         return len(rows) * frame.levels.across[self.level]
 
     def _nearby(self, frame: Frame, share: float, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
@@ -145,7 +146,6 @@ class PatchAttention(Layer):
         """
         assert self._mask_to_tokens is not None, "this model's table does not know IP-Adapter masks"
         split, across = frame.split(self.level), frame.levels.across[self.level]
-        span = split.span(frame.patch)
         own: list[Tensor | None] = []
         for mask in masks if isinstance(masks, list) else list(masks.unsqueeze(1)):
             if mask is None:
@@ -155,7 +155,7 @@ class PatchAttention(Layer):
             for image in range(mask.shape[1]):
                 tokens = self._mask_to_tokens(mask[:, image], mask.shape[0], split.size * across, 1)
                 whole = tokens.view(mask.shape[0], *frame.sides(self.level, split.size))
-                images.append(whole.narrow(frame.dim - 1, span.start, len(span)).flatten(1)[:, None])
+                images.append(frame.own(self.level, whole, frame.dim - 1).flatten(1)[:, None])
             own.append(torch.stack(images, dim=1))
         return own
 

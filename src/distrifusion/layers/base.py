@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from ..errors import UnsupportedModel
 from ..exchange import Exchange
-from ..geometry import Levels, Reader, Split, halo
+from ..geometry import Halo, Levels, Part, Reader, Span, Split, halo, laps
 from .compiled import ask, empty_like_but, layout_of, new_number, place_of
 
 
@@ -48,6 +48,15 @@ class Frame:
     def split(self, level: int) -> Split:
         """Who owns which rows at ``level`` of the model."""
         return self.levels.splits[level]
+
+    def strips(self, level: int, x: Tensor) -> list[Tensor]:
+        """A patch that stands alone, in the parts that the picture's end divides."""
+        rows = self.levels.strips[level]
+        return [x] if len(rows) == 1 else list(torch.split(x, list(rows), self.dim))
+
+    def own(self, level: int, whole: Tensor, dim: int | None = None) -> Tensor:
+        """Own rows at ``level`` of a tensor that has those of the whole picture."""
+        return own_rows(whole, self.split(level), self.patch, self.dim if dim is None else dim)
 
     def num_tokens(self, level: int) -> list[int]:
         """Tokens of each patch at ``level``."""
@@ -102,6 +111,9 @@ class Layer:
     method = "forward"
     """The method of the module that is taken over."""
 
+    sees_edges = False
+    """Whether a model that is not cut needs the layer too, where the ends of its picture meet."""
+
     is_optional = False
     """Whether the result is the same without it, so that it gives way to another library's method."""
 
@@ -146,6 +158,8 @@ class Layer:
 class HaloLayer(Layer):
     """A layer that reads rows of its neighbours."""
 
+    level: int  # of the rows it has
+
     def reach(self, frame: Frame) -> tuple[Split, Split, Reader]:
         """The rows it has, the rows it makes, and which of the former it reads for the latter."""
         raise NotImplementedError
@@ -170,28 +184,53 @@ def with_halo(frame: Frame, key: str, patch: Tensor, inputs: Split, outputs: Spl
     """
     dim, plan = frame.dim, halo(inputs, outputs, reader, frame.patch)
     pending = frame.exchange.neighbours(key, patch, plan, dim) if plan.links else None
-    if plan.is_whole_patch:
-        own = patch.narrow(dim, plan.own.start, len(plan.own))
+    own = plan.own_alone(frame.patch)
+    if own is not None:
         if pending is not None:
             pending.wait()
-        return own
-    lengths = [plan.zeros[0], plan.before, len(plan.own), plan.after, plan.zeros[1]]
+        return patch.narrow(dim, own.start, len(own))
+    return attach(patch, plan, frame.patch, dim, lambda: pending.wait() if pending is not None else {})
+
+
+def attach(patch: Tensor, plan: Halo, rank: int, dim: int, arrived: Callable[[], Mapping[int, Tensor]]) -> Tensor:
+    """The rows of ``plan.parts``: own ones of ``patch`` along ``dim``, and those that ``arrived`` waits for."""
     room: Tensor | None = getattr(patch, _ROOM, None)
-    is_roomy = room is not None and (sum(lengths[:2]), lengths[2], sum(lengths[3:])) == (1, patch.shape[dim], 1)
-    rows = room if room is not None and is_roomy else empty_like_but(patch, dim, plan.num_rows)
-    zeros_before, before, own, after, zeros_after = torch.split(rows, lengths, dim)
-    if not is_roomy:
-        own.copy_(patch.narrow(dim, plan.own.start, len(plan.own)))  # while the halo travels
-    zeros_before.zero_()
-    zeros_after.zero_()
-    received = pending.wait() if pending is not None else {}
-    for side, peers in ((before, range(frame.patch)), (after, range(frame.patch + 1, inputs.num_patches))):
-        arrived = [(peer, count) for peer, count in plan.recvs if peer in peers]
-        for (peer, _), part in zip(
-            arrived, torch.split(side, [count for _, count in arrived], dim) if arrived else (), strict=True
-        ):
-            part.copy_(received[peer])
+    own_whole = Part(rank, 0, patch.shape[dim])
+    is_roomy = room is not None and [part.rows for part in plan.parts] == [1, own_whole.rows, 1]
+    is_roomy = is_roomy and plan.parts[1] == own_whole
+    rows = room if room is not None and is_roomy else empty_like_but(patch, dim % patch.ndim, plan.num_rows)
+    places = list(zip(plan.parts, torch.split(rows, [part.rows for part in plan.parts], dim), strict=True))
+    for part, place in places:  # while the halo travels
+        if part.peer is None:
+            place.zero_()
+        elif part.peer == rank and not (is_roomy and part == own_whole):
+            place.copy_(patch.narrow(dim, part.start, part.rows))
+    received = arrived()
+    for part, place in places:
+        if part.peer is not None and part.peer != rank:
+            place.copy_(received[part.peer].narrow(dim, part.start, part.rows))
     return rows
+
+
+def own_rows(whole: Tensor, split: Split, patch: int, dim: int) -> Tensor:
+    """The rows of ``patch`` along ``dim`` of a tensor that has those of the whole picture."""
+    return rows_of(whole, split.place(patch), dim)
+
+
+def rows_of(whole: Tensor, window: Span, dim: int) -> Tensor:
+    """Rows ``window`` of the picture, which may go on at its other end, more than once."""
+    parts = [whole.narrow(dim, lap.start, len(lap)) for lap in laps(window, whole.shape[dim])]
+    if not parts:
+        return whole.narrow(dim, 0, 0)
+    return parts[0] if len(parts) == 1 else torch.cat(parts, dim)
+
+
+def put_rows(whole: Tensor, rows: Tensor, window: Span, dim: int) -> None:
+    """Write ``rows`` to where `rows_of` would read them."""
+    first = 0
+    for lap in laps(window, whole.shape[dim]):
+        whole.narrow(dim, lap.start, len(lap)).copy_(rows.narrow(dim, first, len(lap)))
+        first += len(lap)
 
 
 _ROOM = "_distrifusion_room"  # on a patch: the tensor with one row more on each side in which it lies

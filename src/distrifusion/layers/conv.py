@@ -5,12 +5,13 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..errors import UnsupportedModel
 from ..geometry import Reader, Span, Split, Window
-from .base import Frame, FrameHolder, HaloLayer
+from .base import Frame, FrameHolder, HaloLayer, rows_of
 
 Pads = tuple[int, int]
 
@@ -50,6 +51,8 @@ class PatchConv(HaloLayer):
     neighbours, the rest of the picture is zeros here too.
     """
 
+    sees_edges = True
+
     def __init__(
         self,
         module: nn.Module,
@@ -78,25 +81,32 @@ class PatchConv(HaloLayer):
 
     def _forward(self, x: Tensor) -> Tensor:
         frame = self.frame
+        if frame.levels.strips:
+            return self._alone(x, frame)
         outputs = frame.split(self.level_out)
         rows = rows_read(self, frame, x, reads_whole=self.reads_whole)
         if not len(outputs.span(frame.patch)):
             channels = x.shape[1] if isinstance(self.module, nn.AvgPool2d) else self.module.out_channels
             return x.new_empty(x.shape[0], channels, *frame.sides(self.level_out, 0))
-        across = self.windows[3 - frame.dim].padding
-        if across[0] != across[1]:
-            rows = F.pad(rows, (*across, 0, 0) if frame.dim == 2 else (0, 0, *across))
-            across = (0, 0)
-        padding = (0, across[0]) if frame.dim == 2 else (across[0], 0)
-        return self._apply(rows, padding)
+        return self._padded(rows, frame, (0, 0))
+
+    def _alone(self, x: Tensor, frame: Frame) -> Tensor:
+        if self.reads_whole:
+            x = frame.own(self.level, x)
+        parts = [
+            self._padded(strip, frame, self.windows[frame.dim - 2].padding) for strip in frame.strips(self.level, x)
+        ]
+        return parts[0] if len(parts) == 1 else torch.cat(parts, frame.dim)
+
+    def _padded(self, rows: Tensor, frame: Frame, along: Pads) -> Tensor:
+        """The module's arithmetic, with ``along`` zeros before and after along the split dim and its own across."""
+        pads, rings = (along, self.windows[3 - frame.dim].padding), (False, frame.levels.is_ring_across)
+        if frame.dim == 3:
+            pads, rings = pads[::-1], rings[::-1]
+        return self._apply(*padded(rows, pads, rings))
 
     def _apply(self, rows: Tensor, padding: Pads) -> Tensor:
-        module = self.module
-        if isinstance(module, nn.AvgPool2d):
-            return F.avg_pool2d(
-                rows, module.kernel_size, module.stride, padding, divisor_override=module.divisor_override
-            )
-        return F.conv2d(rows, module.weight, module.bias, module.stride, padding, module.dilation, module.groups)
+        return apply(self.module, rows, padding)
 
 
 def rows_read(layer: HaloLayer, frame: Frame, x: Tensor, *, reads_whole: bool) -> Tensor:
@@ -104,24 +114,43 @@ def rows_read(layer: HaloLayer, frame: Frame, x: Tensor, *, reads_whole: bool) -
 
     ``x`` is the own patch ``[B, C, rows, W]``, or with ``reads_whole`` the whole picture: nothing travels then.
     """
-    if reads_whole:
-        inputs, outputs, window = layer.reach(frame)
-        if frame.sees_peers:
-            return _window_of_whole(x, frame, outputs, window)
-        own = inputs.span(frame.patch)
-        x = x.narrow(frame.dim, own.start, len(own))
-    return layer.with_halo(frame, x)
+    if reads_whole and frame.sees_peers:
+        return _window_of_whole(x, frame, *layer.reach(frame))
+    return layer.with_halo(frame, frame.own(layer.level, x) if reads_whole else x)
 
 
-def _window_of_whole(x: Tensor, frame: Frame, outputs: Split, window: Reader) -> Tensor:
-    out = outputs.span(frame.patch)
+def apply(module: Any, x: Tensor, padding: Pads) -> Tensor:
+    """The arithmetic of a Conv2d or AvgPool2d with other ``padding``, of rows and columns."""
+    if isinstance(module, nn.AvgPool2d):
+        return F.avg_pool2d(x, module.kernel_size, module.stride, padding, divisor_override=module.divisor_override)
+    return F.conv2d(x, module.weight, module.bias, module.stride, padding, module.dilation, module.groups)
+
+
+def padded(x: Tensor, pads: tuple[Pads, Pads], rings: tuple[bool, bool]) -> tuple[Tensor, Pads]:
+    """``x`` with padding of rows and of columns, from the other end where ``rings`` says so, else of zeros.
+
+    What torch's convolution can do by itself, the same zeros on both sides, is left to it: (x, its padding).
+    """
+    for dim, (both, is_ring) in enumerate(zip(pads, rings, strict=True), 2):
+        if is_ring and any(both):
+            x = rows_of(x, Span(-both[0], x.shape[dim] + both[1]), dim)
+    rows, cols = ((0, 0) if is_ring else both for both, is_ring in zip(pads, rings, strict=True))
+    if rows[0] == rows[1] and cols[0] == cols[1]:
+        return x, (rows[0], cols[0])
+    return F.pad(x, (*cols, *rows)), (0, 0)
+
+
+def _window_of_whole(x: Tensor, frame: Frame, inputs: Split, outputs: Split, window: Reader) -> Tensor:
+    out, dim = outputs.span(frame.patch), frame.dim
     if not len(out):
-        return x.narrow(frame.dim, 0, 0)
+        return x.narrow(dim, 0, 0)
     reads = window.reads(out)
-    inside = reads & Span(0, x.shape[frame.dim])
+    if inputs.is_ring:
+        return rows_of(x, reads, dim)
+    inside = reads & Span(0, x.shape[dim])
+    rows = x.narrow(dim, inside.start, len(inside))
     before, after = inside.start - reads.start, reads.stop - inside.stop
-    rows = x.narrow(frame.dim, inside.start, len(inside))
-    return F.pad(rows, (0, 0, before, after) if frame.dim == 2 else (before, after, 0, 0))
+    return F.pad(rows, (0, 0, before, after) if dim == 2 else (before, after, 0, 0))
 
 
 def _pads(module: nn.Conv2d) -> tuple[Pads, Pads]:

@@ -53,6 +53,11 @@ def finer(layer: PatchUpsample | PatchInterpolate, frame: Frame) -> tuple[Split,
 def nearest(layer: PatchUpsample | PatchInterpolate, x: Tensor) -> Tensor:
     """Nearest interpolation of a patch ``[B, C, rows, W]`` to the next finer level, ``[B, C, rows', W']``."""
     frame = layer.frame
+    if frame.levels.strips:
+        sizes = [frame.sides(layer.level_out, rows) for rows in frame.levels.strips[layer.level_out]]
+        strips = zip(frame.strips(layer.level, x), sizes, strict=True)
+        parts = [F.interpolate(strip, size=size, mode="nearest") for strip, size in strips]
+        return parts[0] if len(parts) == 1 else torch.cat(parts, frame.dim)
     inputs, outputs, reader = finer(layer, frame)
     rows = layer.with_halo(frame, x)
     out = outputs.span(frame.patch)
@@ -102,6 +107,8 @@ class PatchDownsample(Layer):
 
     Its convolution knows of these zeros, so here only the rest of the block runs.
     """
+
+    sees_edges = True
 
     @property
     def forward(self) -> Callable[..., Any]:

@@ -6,11 +6,12 @@ from collections.abc import Callable, Sequence
 from math import prod
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
-from ..errors import ConfigError
+from ..errors import ConfigError, UnsupportedModel
 from ..geometry import Span, Window
-from .base import FrameHolder, Layer
+from .base import FrameHolder, Layer, rows_of
 
 
 class PatchStem(Layer):
@@ -20,6 +21,8 @@ class PatchStem(Layer):
     halo are computed twice, on two ranks, instead of sent. ``windows`` are its convolutions, first to last, each along
     rows and along columns; None for a module that is not such a stack: it runs whole and its output is cut.
     """
+
+    sees_edges = True
 
     def __init__(
         self, module: nn.Module, key: str, holder: FrameHolder, *, windows: Sequence[tuple[Window, Window]] | None
@@ -35,20 +38,38 @@ class PatchStem(Layer):
     def _forward(self, x: Tensor) -> Tensor:
         frame = self.frame
         dim, split = frame.dim, frame.split(0)
-        own = split.span(frame.patch)
         if self._windows is None:
+            if split.is_ring or frame.levels.is_ring_across:
+                raise UnsupportedModel(f"{self.key} with an adapter in it is not known where the picture's ends meet")
             whole: Tensor = self.plain(self.module, x)
             self._check(whole.shape[dim], whole.shape[5 - dim])
-            return whole.narrow(dim, own.start, len(own))
+            return frame.own(0, whole)
         along, across = ([pair[axis] for pair in self._windows] for axis in (dim - 2, 3 - dim))
-        size, stride = x.shape[dim], prod(window.stride for window in along)
-        self._check(out_size(along, size), out_size(across, x.shape[5 - dim]))
-        needed = reads(along, own) & Span(0, size)
+        self._check(out_size(along, x.shape[dim]), out_size(across, x.shape[5 - dim]))
+        margin, stride = 0, prod(window.stride for window in across)
+        if frame.levels.is_ring_across:
+            need = reads(across, Span(0, 1))
+            margin = max(-(need.start // stride), -(-need.stop // stride) - 1) * stride
+            size = x.shape[5 - dim]
+            x = rows_of(x, Span(-margin, size + margin), 5 - dim)
+        parts = [self._rows(x, along, run) for run in split.runs(frame.patch)]
+        own = parts[0] if len(parts) == 1 else torch.cat(parts, dim)
+        return own.narrow(5 - dim, margin // stride, frame.levels.across[0])
+
+    def _rows(self, x: Tensor, along: Sequence[Window], run: Span) -> Tensor:
+        """Rows ``run`` of the module's output for the whole picture ``x``."""
+        dim, size, stride = self.frame.dim, x.shape[self.frame.dim], prod(window.stride for window in along)
+        needed = reads(along, run)
         # On a multiple of the stride, the rows of the slice stay those of the picture through all of the stack; the
         # zeros around the slice reach no row that is needed.
-        first, last = needed.start // stride * stride, min(-(-needed.stop // stride) * stride, size)
-        rows: Tensor = self.plain(self.module, x.narrow(dim, first, last - first))
-        return rows.narrow(dim, own.start - first // stride, len(own))
+        first, last = needed.start // stride * stride, -(-needed.stop // stride) * stride
+        if self.frame.split(0).is_ring:
+            rows = rows_of(x, Span(first, last), dim)
+        else:
+            first, last = max(first, 0), min(last, size)
+            rows = x.narrow(dim, first, last - first)
+        out: Tensor = self.plain(self.module, rows)
+        return out.narrow(dim, run.start - first // stride, len(run))
 
     def _check(self, along: int, across: int) -> None:
         """Raise where the output does not have the latent's size."""

@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..errors import UnsupportedModel
-from .base import Frame, FrameHolder, Layer
+from .base import Frame, FrameHolder, Layer, put_rows
 
 LATENTS, TOKENS = 0, 1
 """Levels of a transformer: rows of the latent, and rows of tokens, each of which is ``patch_size`` rows of it."""
@@ -153,9 +153,9 @@ class PatchExit(Layer):
         sizes = frame.num_tokens(TOKENS)
         own, joined = self._tokens.parts(out, sizes[frame.patch], frame)
         whole = own.new_zeros(own.shape[0], frame.num_frames, *frame.sides(TOKENS, split.size), own.shape[2])
-        span = split.span(frame.patch)
-        part = whole.narrow(frame.dim, span.start, len(span))  # [B, frames, rows, cols, C]: its dims 2 and 3 are ours
-        part.copy_(own.reshape(part.shape))
+        # [B, frames, rows, cols, C]: its dims 2 and 3 are ours
+        own = own.reshape(len(own), frame.num_frames, *frame.sides(TOKENS, split.sizes[frame.patch]), own.shape[2])
+        put_rows(whole, own, split.place(frame.patch), frame.dim)
         if frame.ragged is not None:
             frame.ragged.lengths[:] = [start + sum(sizes) for start in frame.ragged.starts]
         return joined([whole.flatten(1, 3)])
@@ -202,11 +202,11 @@ def own_tokens(x: Any, tokens: Tokens, frame: Frame) -> Any:
     if not isinstance(x, Tensor):
         return x
     split, dim = frame.split(TOKENS), tokens.dim % x.ndim
-    shape, span = (frame.num_frames, *frame.sides(TOKENS, split.size)), split.span(frame.patch)
+    shape = (frame.num_frames, *frame.sides(TOKENS, split.size))
     if tokens.is_map:
         if tuple(x.shape[dim : dim + 3]) != shape:
             raise UnsupportedModel(f"a map of {tuple(x.shape[dim : dim + 3])} tokens is not one of {shape}")
-        return x.narrow(dim + frame.dim - 1, span.start, len(span))
+        return frame.own(TOKENS, x, dim + frame.dim - 1)
     image, joined = tokens.parts(x, sum(frame.num_tokens(TOKENS)), frame)
-    own = torch.unflatten(image, dim, shape).narrow(dim + frame.dim - 1, span.start, len(span))
+    own = frame.own(TOKENS, torch.unflatten(image, dim, shape), dim + frame.dim - 1)
     return joined([own.flatten(dim, dim + 2)])

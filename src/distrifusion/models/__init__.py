@@ -2,16 +2,28 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
 from ..config import BUILT
 from ..errors import UnsupportedModel
+from ..layers import Layer
 from .table import Call, Table
 
 if TYPE_CHECKING:
     from .vae import Half
 
-__all__ = ["Call", "Half", "Table", "controlnet_table", "is_known", "supported", "table_for", "vae_halves"]
+__all__ = [
+    "Call",
+    "Half",
+    "Table",
+    "controlnet_table",
+    "is_known",
+    "supported",
+    "table_for",
+    "vae_halves",
+    "wrapping_layers",
+]
 
 
 def table_for(model: Any) -> Table:
@@ -49,6 +61,13 @@ def controlnet_table(controlnet: Any, unet: Any) -> Table | None:
     from .controlnet import ControlNetTable, fits
 
     return ControlNetTable(controlnet) if fits(controlnet, unet) else None
+
+
+def wrapping_layers(vae: Any, rings: tuple[bool, bool]) -> Iterator[Layer]:
+    """What makes the ends of a VAE's pictures meet, along rows and columns; see `wrap`."""
+    from .wrap import wrapping_layers
+
+    return wrapping_layers(vae, rings)
 
 
 def is_known(model: Any) -> bool:
@@ -150,10 +169,12 @@ def _unets() -> list[dict[str, Any]]:
                 "PAG (not with cfg=2)",
                 "every scheduler of the pipeline",
                 "callbacks, batches, sizes that change from call to call",
+                "topology: panoramas and tiles",
             ],
             "checked": f"{_MODULES}; final latents of whole pipelines, sync and displaced in warm-up, worlds 2 and 3, "
             "cfg=2 at 2, 4 and 6: tests/test_pipelines.py, tests/test_adapters.py, tests/test_lora.py, "
-            "tests/test_schedulers.py; what is refused: tests/test_unsupported.py",
+            "tests/test_schedulers.py; rolled noise gives rolled pictures: "
+            "tests/test_topology.py; what is refused: tests/test_unsupported.py",
         },
         {
             "class": "UNet2DModel",

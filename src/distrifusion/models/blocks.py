@@ -165,7 +165,7 @@ def _upsample(walk: Walk, module: Any, name: str, place: Place) -> Iterator[Laye
 
 
 def _downsample(walk: Walk, module: Any, name: str, place: Place) -> Iterator[Layer]:
-    extra = _extra(module)
+    extra = pads_after(module)
     if extra != (0, 0):
         yield PatchDownsample(module, name, walk.holder)
     yield from walk.children(module, name, Place(place.level, place.level_out, extra))
@@ -272,7 +272,7 @@ def downsampling_windows(model: Any) -> tuple[list[Window], list[Window]]:
             if down is None or not isinstance(down, nn.Module):
                 continue  # a FIR kernel, which the walk refuses by name
             op = next(m for m in down.modules() if isinstance(m, nn.Conv2d | nn.AvgPool2d))
-            rows, cols = windows(op, _extra(down))
+            rows, cols = windows(op, pads_after(down))
             along.append(rows)
             across.append(cols)
     return along, across
@@ -305,6 +305,6 @@ class Fingerprint:
         return tuple((name, id(config)) for name, config in configs.items())
 
 
-def _extra(down: Any) -> tuple[int, int]:
+def pads_after(down: Any) -> tuple[int, int]:
     """Zeros that a Downsample2D pads before and after, beside its convolution's own."""
     return (0, 1) if getattr(down, "use_conv", False) and down.padding == 0 else (0, 0)

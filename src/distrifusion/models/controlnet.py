@@ -31,6 +31,7 @@ class ControlNetTable:
 
     gathers = False
     has_window = True
+    has_positions = False
 
     def __init__(self, model: Any) -> None:
         self.model = model
@@ -116,6 +117,10 @@ class ControlNetTable:
             count = sum(size[rank] for rank in present)
             pooled.append((part / max(count, 1)).to(mean.dtype)[:, :, None, None])
         return pooled
+
+    def unit(self, call: Call, *, fed: bool) -> int:
+        """See Table."""
+        return 1
 
     def needs_whole_batch(self, call: Call) -> bool:
         """See Table. In guess_mode the pipeline puts zeros for the other branch before what it gets."""

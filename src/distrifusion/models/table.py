@@ -60,6 +60,9 @@ class Table(Protocol):
     has_window: bool
     """Whether its attentions can be kept to a part of the neighbours (``context_window``)."""
 
+    has_positions: bool
+    """Whether it knows where in the picture it is, so that the picture's ends cannot meet."""
+
     def size(self, call: Call) -> tuple[int, int]:
         """Height and width of the call's picture, in latent rows."""
         ...
@@ -121,6 +124,10 @@ class Table(Protocol):
         """What the model returned, where something of it is about the whole picture and known of the patch only."""
         ...
 
+    def unit(self, call: Call, *, fed: bool) -> int:
+        """Rows of latent by whose multiples a patch that stands alone may move. ``fed``: see `localise`."""
+        ...
+
     def needs_whole_batch(self, call: Call) -> bool:
         """Whether the ranks of both guidance branches run the whole batch of this call."""
         ...
@@ -155,7 +162,7 @@ def residual_part(residual: Tensor, frame: Frame, level: int, fed: bool) -> Tens
     if size == (1, 1) or (fed and size == (len(span), across)):
         return residual
     if size == (split.size, across):
-        return residual.narrow(frame.dim, span.start, len(span))
+        return frame.own(level, residual)
     height, width = frame.sides(level, split.size)
     raise UnsupportedModel(
         f"a residual of size {tuple(residual.shape)} does not fit level {level}, which is {height} x {width}"
@@ -168,10 +175,9 @@ def own_part(residual: Tensor, frame: Frame) -> Tensor:
     Raises:
         UnsupportedModel: it has the size of no level.
     """
-    for split, across in zip(frame.levels.splits, frame.levels.across, strict=True):
+    for level, (split, across) in enumerate(zip(frame.levels.splits, frame.levels.across, strict=True)):
         if (residual.shape[frame.dim], residual.shape[5 - frame.dim]) == (split.size, across):
-            span = split.span(frame.patch)
-            return residual.narrow(frame.dim, span.start, len(span))
+            return frame.own(level, residual)
     sizes = ", ".join(f"{s.size}x{a}" for s, a in zip(frame.levels.splits, frame.levels.across, strict=True))
     raise UnsupportedModel(f"a residual of size {tuple(residual.shape)} fits no level of the model ({sizes})")
 

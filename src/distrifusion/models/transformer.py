@@ -104,6 +104,7 @@ class TransformerTable:
 
     gathers = True
     has_window = False
+    has_positions = True
 
     def __init__(self, model: Any, plan: Plan) -> None:
         self.model = model
@@ -136,7 +137,7 @@ class TransformerTable:
             )
         tokens = Split.weighted(along // patch, weights)
         latents = Split(tuple(patch * bound for bound in tokens.bounds))
-        return Levels((latents, tokens), (across, across // patch))
+        return Levels((latents, tokens), (across, across // patch), (patch,))
 
     def layers(self, holder: FrameHolder) -> Iterator[Layer]:
         """See Table."""
@@ -208,8 +209,7 @@ class TransformerTable:
             whole = torch.unflatten(image.transpose(1, 2), 2, sides)
         if whole.ndim == 5:
             whole = whole.flatten(1, 2)
-        span = frame.split(LATENTS).span(frame.patch)
-        return whole.narrow(frame.dim, span.start, len(span))
+        return frame.own(LATENTS, whole)
 
     def unfold(self, whole: Tensor, like: Any) -> Any:
         """See Table. What the model predicts for guests is left out, as pipelines have no use for it."""
@@ -222,6 +222,10 @@ class TransformerTable:
     def finish(self, result: Any, frame: Frame) -> Any:
         """See Table."""
         return result
+
+    def unit(self, call: Call, *, fed: bool) -> int:
+        """See Table."""
+        return self._plan.patch(self.model)
 
     def needs_whole_batch(self, call: Call) -> bool:
         """See Table."""

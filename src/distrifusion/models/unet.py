@@ -30,6 +30,7 @@ class UNetTable:
 
     gathers = True
     has_window = True
+    has_positions = False
 
     def __init__(self, model: Any) -> None:
         self.model = model
@@ -115,6 +116,13 @@ class UNetTable:
     def finish(self, result: Any, frame: Frame) -> Any:
         """See Table."""
         return result
+
+    def unit(self, call: Call, *, fed: bool) -> int:
+        """See Table. Whole feature maps of deep levels can only be cut where these have a row."""
+        maps = ("mid_block_additional_residual", "down_block_additional_residuals")
+        has_whole = not fed and any(call.arguments.get(name) is not None for name in maps)
+        has_whole = has_whole or call.arguments.get("down_intrablock_additional_residuals") is not None
+        return 2 ** len(downsampling_windows(self.model)[0]) if has_whole else 1
 
     def needs_whole_batch(self, call: Call) -> bool:
         """See Table."""

@@ -110,7 +110,8 @@ def traffic(
     Args:
         anatomy: of the model.
         levels: the split over the patches. Their number times ``config.cfg`` is the world.
-        config: ``warmup_steps`` says which steps are displaced; all that are send alike, the first one included.
+        config: ``warmup_steps`` says which steps are displaced; all that are send alike, the first one included. Of
+            ``shifted``, what it sends with ``latents="whole"``; rows that move are fewer.
         rank: in the world.
         batch: of one call, both branches of guidance included. Where ``cfg=2`` halves it, it is even; a batch of one
             with ``cfg=2`` is computed by both halves, as long as one call per step is made.
@@ -119,7 +120,8 @@ def traffic(
     num_patches = levels.splits[0].num_patches
     share = batch // config.cfg if batch >= config.cfg else batch
     said = Traffic()
-    if num_patches > 1 and config.strategy != "naive":
+    stands_alone = config.strategy == "naive" or (config.strategy == "shifted" and step >= config.warmup_steps)
+    if num_patches > 1 and not stands_alone:
         ranks = [_Rank(anatomy, levels, config, share, patch) for patch in range(num_patches)]
         own = ranks[rank % num_patches]
         if config.strategy == "displaced" and step > config.warmup_steps:

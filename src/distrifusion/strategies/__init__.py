@@ -6,12 +6,12 @@ from ..comm import Comm
 from ..config import ParallelConfig
 from .base import State, Strategy
 from .guidance import Guidance
-from .independent import Naive
+from .independent import Naive, Shifted
 from .patch import Displaced, Sync
 
 __all__ = ["Guidance", "State", "Strategy", "strategy_for"]
 
-_STRATEGIES = {cls.name: cls for cls in (Sync, Displaced, Naive)}
+_STRATEGIES = {cls.name: cls for cls in (Sync, Displaced, Naive, Shifted)}
 
 
 def strategy_for(config: ParallelConfig, comm: Comm) -> Strategy:

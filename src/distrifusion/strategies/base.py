@@ -8,7 +8,7 @@ from typing import Any, Protocol
 from ..comm.residual import Wire
 from ..comm.slots import Slots
 from ..exchange import Exchange
-from ..geometry import Levels
+from ..geometry import Levels, Moved, Split
 
 
 @dataclass
@@ -58,3 +58,18 @@ class Strategy(Protocol):
     def policy(self, state: State) -> Exchange:
         """How fresh the peers' values are in this step."""
         ...
+
+    def moved(self, state: State, split: Split, unit: int) -> Moved | None:
+        """Where the patches of this step lie, if each is a picture of its own; None: they are parts of one, ``split``.
+
+        They move by multiples of ``unit`` rows.
+        """
+        ...
+
+
+class Joined:
+    """What strategies have in common whose patches are parts of one picture."""
+
+    def moved(self, state: State, split: Split, unit: int) -> Moved | None:
+        """See Strategy."""
+        return None

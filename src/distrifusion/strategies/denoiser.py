@@ -14,8 +14,10 @@ from torch import nn
 from ..comm import Comm
 from ..config import ParallelConfig
 from ..errors import ConfigError, UnsupportedModel
-from ..geometry import Levels
+from ..exchange import Exchange
+from ..geometry import Levels, Moved, Split
 from ..layers import Attached, Frame, FrameHolder
+from ..layers.base import put_rows
 from ..mesh import Mesh
 from ..metrics import Report
 from ..models import Call, Table
@@ -25,8 +27,10 @@ from .balance import Balance
 from .base import State
 from .compiling import Compiling
 from .guidance import Guidance, Halves
+from .independent import blended
 from .pairs import Pairs, Ran
 from .pictures import Pictures
+from .rows import Rows, Sharing
 
 T = TypeVar("T")
 
@@ -69,6 +73,11 @@ class ParallelDenoiser:
             raise UnsupportedModel(
                 f"context_window={config.context_window} is known for U-Nets only, not for {type(table.model).__name__}"
             )
+        if any(config.rings) and table.has_positions:
+            raise UnsupportedModel(
+                f"topology={config.topology!r}: {type(table.model).__name__} knows the position of each part of a "
+                "picture, so that its ends do not meet; known for U-Nets only"
+            )
         self._table = table
         self._config = config
         self._comm = comm
@@ -82,6 +91,7 @@ class ParallelDenoiser:
         self._holder = FrameHolder()
         self._layers = Attached()
         self._pictures = Pictures(self._strategy, timesteps)
+        self._timesteps = timesteps
         self._dim = 2 if config.split == "rows" else 3
         has_halves = self._mesh.size("cfg") > 1 and not self._feeders
         branch = self._guidance.branch if has_halves else None
@@ -89,6 +99,10 @@ class ParallelDenoiser:
         self._pairs = Pairs(branch, self._run, self._skip, self._deliver, start, self._pictures.place, self._guarded)
         self._leaving: State | None = None  # of the call whose last words go behind its prediction
         self._kind = "sync"  # how fresh the last call was
+        self._moved: Moved | None = None  # where the patches of the last call were, if each stood alone
+        self._sharing: Sharing | None = None  # of the present picture
+        self._num_predictions = 0  # in rows
+        self._is_running = False
         self._inner: Callable[..., Any] = table.model.forward
         self._compiling = Compiling(table.model, self._inner, wrapper)
         self.report = self._new_report()
@@ -164,13 +178,14 @@ class ParallelDenoiser:
         started, counted = perf_counter(), self._comm.meter.totals()
         with torch.no_grad():
             try:
+                self._is_running = True
                 result = work()
             except BaseException:
                 self._pictures.abandon()
                 self._leaving = None
                 raise
             finally:
-                self._holder.frame = None
+                self._holder.frame, self._is_running = None, False
         messages, num_bytes = self._comm.meter.totals()
         self._cost.add(Cost(0, perf_counter() - started, messages - counted[0], num_bytes - counted[1]))
         if self._table.gathers and self._cost.num_calls:
@@ -185,8 +200,11 @@ class ParallelDenoiser:
         state, is_new_picture = self._pictures.state(call, conditioning, fingerprint)
         if is_new_picture:
             self.report = self._new_report()
+            self._sharing = self._new_sharing()
             if self._table.gathers:
                 self._balance.start()
+        if self._sharing is not None and self._is_last(call, state):
+            self._sharing.is_over = True
         if not state.is_checked:
             check_call(self._comm, call, self._config, conditioning)
             self._attach_layers()
@@ -206,21 +224,19 @@ class ParallelDenoiser:
     def _run(self, call: Call, state: State) -> Ran:
         """Run the model on this rank's patch and part of the batch."""
         num_patches = self._mesh.size("patch")
-        levels = self._levels(call)
-        if state.levels is not None and state.levels != levels:
+        picture = self._levels(call)
+        if state.levels is not None and state.levels != picture:
             state.forget(self._strategy.start())
-        state.levels = levels
+        state.levels = picture
         exchange = self._strategy.policy(state)
-        patch, window = self._mesh.coordinate(self._comm.rank, "patch"), self._config.context_window
-        num_frames, num_guests = self._table.num_frames(call), self._table.num_guests(call)
-        frame = Frame(
-            patch, self._dim, levels, exchange, num_frames, num_guests, context_window=window, memory=state.memory
-        )
         fed = [feeder.take_cost() for feeder in self._feeders]
-        own_call = self._own_batch(call)
+        is_fed = any(cost.num_calls for cost in fed)
+        self._moved = self._moves(call, state, picture.splits[0], is_fed)
+        own_call = self._own_batch(self._with_plain_latents(call))
+        frame = self._frame(call, picture, exchange, state.memory)
         if num_patches > 1:
-            own_call = self._table.localise(own_call, frame, fed=any(cost.num_calls for cost in fed))
-            self._holder.frame = frame
+            own_call = self._table.localise(own_call, frame, fed=is_fed)
+        self._holder.frame = frame
         with self._balance.measuring():
             exchange.begin()
             result = self._compiling.forward()(**own_call.arguments)
@@ -238,23 +254,80 @@ class ParallelDenoiser:
             self._cost.add(cost)
         self._cost.num_calls += 1
         self._kind = exchange.kind if num_patches > 1 else "sync"
-        self.report.patches = levels.splits[0].sizes
+        self.report.patches = picture.splits[0].sizes
         self.report.balance = self._balance.origin(self._table.size(call))
-        return Ran(result, own, levels)
+        return Ran(result, own, picture.splits[0], self._moved)
 
-    def _skip(self, before: Ran, call: Call) -> Ran:
+    def _skip(self, before: Ran, call: Call, state: State) -> Ran:
         """See `Pairs`."""
-        return replace(before, levels=self._levels(call))
+        split = self._levels(call).splits[0]
+        moved = self._moves(call, state, split, is_fed=False)
+        own = before.own.new_zeros(before.own.shape)
+        if moved is not None:  # of the window that it would have had
+            shape = list(own.shape)
+            shape[self._dim] = len(moved.window(self._mesh.coordinate(self._comm.rank, "patch")))
+            own = own.new_zeros(shape)
+        return replace(before, own=own, split=split, moved=moved)
 
     def _levels(self, call: Call, weights: tuple[float, ...] | None = None) -> Levels:
         """The rows of all ranks at every level, by ``weights``; None: by the present ones."""
-        size = self._table.size(call)
-        return self._table.levels(*size, weights or self._balance.weights(size), self._dim)
+        size, (rows, cols) = self._table.size(call), self._config.rings
+        levels = self._table.levels(*size, weights or self._balance.weights(size), self._dim)
+        return levels.ring(*((rows, cols) if self._dim == 2 else (cols, rows))) if rows or cols else levels
+
+    def _frame(self, call: Call, picture: Levels, exchange: Exchange, memory: dict[str, Any]) -> Frame:
+        place, window = self._mesh.coordinate(self._comm.rank, "patch"), self._config.context_window
+        num_frames, num_guests = self._table.num_frames(call), self._table.num_guests(call)
+        patch, levels = place, picture
+        if self._moved is not None:
+            patch, levels = 0, picture.alone(self._moved.window(place))
+        return Frame(patch, self._dim, levels, exchange, num_frames, num_guests, context_window=window, memory=memory)
+
+    def _moves(self, call: Call, state: State, split: Split, is_fed: bool) -> Moved | None:
+        """Where the patches of this step lie, if each stands alone.
+
+        Raises:
+            UnsupportedModel: a feeder that has not run at every step, and so was elsewhere.
+        """
+        if split.num_patches == 1:
+            return None
+        moved = self._strategy.moved(state, split, self._table.unit(call, fed=is_fed))
+        for feeder in self._feeders if is_fed else ():
+            if feeder._moved != moved:
+                raise UnsupportedModel(
+                    f"{type(feeder.model).__name__} has not run once in each step, so that its patches are not those "
+                    f"of {type(self.model).__name__}: strategy={self._strategy.name!r} cannot have that"
+                )
+        return moved
+
+    def _with_plain_latents(self, call: Call) -> Call:
+        """The call with latents that a model can read; of those in `Rows`, the rows that this step needs."""
+        sample = call.sample
+        if not isinstance(sample, Rows):
+            return call
+        if self._moved is None:
+            return call.having(**{call.sample_name: sample.whole()})
+        window = self._moved.window(self._mesh.coordinate(self._comm.rank, "patch"))
+        plain = torch.zeros(sample.shape, dtype=sample.dtype, device=sample.device)
+        put_rows(plain, sample.over(self._moved), window, self._dim - 4)
+        return call.having(**{call.sample_name: plain})
 
     def _deliver(self, ran: Ran, call: Call, halves: Halves) -> Any:
         """Everyone's predictions, as the model returns them. See `Pairs`."""
-        batch = call.sample.shape[0]
-        gathering = self._guidance.gather(ran.own, probe(call.sample), batch, ran.levels, self._dim, halves)
+        batch, own, split = call.sample.shape[0], ran.own, ran.split
+        if ran.moved is not None:
+            own, split = blended(own, ran.moved, self._guidance.patches, self._dim), ran.moved.split
+        sharing = self._sharing
+        if ran.moved is not None and sharing is not None and not sharing.is_over and _has_rows(ran.result[0]):
+            if not isinstance(call.sample, Rows):  # else no latents are known twice
+                known = probe(call.sample)
+                sizes = [known.numel()] * self._comm.world
+                check_latents(self._comm.all_gather(known.contiguous(), sizes, kind="control").wait())
+            own = self._table.unfold(self._guidance.join_branches(own, batch, halves), ran.result[0])
+            self._num_predictions += 1
+            return Rows(own, split, self._dim - 4, sharing, self._num_predictions)
+        known = probe(call.sample) if not isinstance(call.sample, Rows) else own.new_empty(0)
+        gathering = self._guidance.gather(own, known, batch, split, self._dim, halves)
         if self._leaving is not None:  # on a slow link the prediction would wait for what leaves before it
             self._leaving.depart()
             self._leaving = None
@@ -277,15 +350,50 @@ class ParallelDenoiser:
         """Take over modules that are not yet ours, such as a LoRA's, and let go of those that have left the model."""
         if self._mesh.size("cfg") > 1 and not self._table.splits_guidance():
             raise ConfigError("cfg=2 does not work with PAG, whose branches must share a batch; use cfg=1")
-        if self._mesh.size("patch") == 1:
+        is_cut = self._mesh.size("patch") > 1
+        if not is_cut and not any(self._config.rings):
             return
-        self._layers.follow(self._table.layers(self._holder))
+        layers = self._table.layers(self._holder)
+        self._layers.follow(layer for layer in layers if is_cut or layer.sees_edges)
+
+    def _new_sharing(self) -> Sharing | None:
+        """How latents stay in rows between the steps of a picture whose last step will be known."""
+        is_wanted = self._config.strategy == "shifted" and self._config.latents == "rows" and self._table.gathers
+        if not is_wanted or self._mesh.size("patch") == 1 or self._timesteps() is None:
+            return None
+        self._guidance.open_branches()
+        return Sharing(self._guidance.patches, self._aside)
+
+    def _is_last(self, call: Call, state: State) -> bool:
+        """Whether the scheduler has no timestep after this one. Asks no accelerator for a value."""
+        all_times, time = self._timesteps(), call.arguments.get("timestep")
+        if not isinstance(all_times, torch.Tensor) or state.step + 1 >= len(all_times):
+            return True
+        return isinstance(time, torch.Tensor) and time.data_ptr() == all_times[-1:].data_ptr()
+
+    def _aside(self, work: Callable[[], torch.Tensor]) -> torch.Tensor:
+        """Send something for latents in rows, and write it down where no call of the model does."""
+        if self._is_running:
+            return work()
+        counted = self._comm.meter.totals()
+        result = work()
+        messages, num_bytes = self._comm.meter.totals()
+        self.report.add_to_last(messages - counted[0], num_bytes - counted[1])
+        return result
 
     def _new_report(self) -> Report:
         is_cut = self._mesh.size("patch") > 1
-        notes = [extra if is_cut else f"{extra} does nothing without patches" for extra in self._config.extras]
+        notes = [
+            extra if is_cut or extra.startswith("topology") else f"{extra} does nothing without patches"
+            for extra in self._config.extras
+        ]
         notes += self._notes + ([self._compiling.note] if self._compiling.note else [])
         return Report(self._config.strategy, str(self._mesh), self._config.split, notes=notes)
+
+
+def _has_rows(result: Any) -> bool:
+    """Whether a prediction is a map ``[B, C, H, W]`` or ``[B, C, frames, H, W]``, and not in tokens."""
+    return isinstance(result, torch.Tensor) and result.ndim in (4, 5)
 
 
 @dataclass

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from ..comm import Comm, Pending
 from ..comm.residual import Arriving
-from ..geometry import Levels, Span, Split
+from ..geometry import Span, Split
 from ..mesh import Mesh
 
 Halves = tuple[int, ...] | None
@@ -28,24 +28,22 @@ class Guidance:
         self._comm = comm
         self.patches = comm.split(mesh.groups("patch")) if mesh.size("cfg") > 1 else comm
         self.branch = mesh.coordinate(comm.rank, "cfg")
+        self._branches: Comm | None = None  # ranks with the same patch, by branch
 
     def share(self, batch: int) -> Span:
         """The part of the batch that is this rank's."""
         return self._shares(batch)[self.branch]
 
     def gather(
-        self, own: Tensor, extra: Tensor, batch: int, levels: Levels, dim: int, halves: Halves = None
+        self, own: Tensor, extra: Tensor, batch: int, split: Split, dim: int, halves: Halves = None
     ) -> Pending[tuple[Tensor, list[Tensor]]]:
         """The whole prediction ``[batch, C, H, W]`` from the own, and everyone's ``extra`` ``[n]``. One message.
 
         ``halves`` are the branches whose ranks have a prediction of the batch, if these are not what `share` says: the
         result is theirs, one after the other, and what another rank gives as its own counts for its shape only.
         """
-        shares: list[Span | None] = [*self._shares(batch)]
-        alone = halves is None and shares[0] == shares[-1]  # both have computed the same: no need to hear the other
-        if halves is not None:
-            shares = [Span(0, batch) if branch in halves else None for branch in range(len(shares))]
-        split, comm = levels.splits[0], self.patches if alone else self._comm
+        shares, alone = self._said(batch, halves)
+        comm = self.patches if alone else self._comm
         branches = [0 if alone else self._mesh.coordinate(rank, "cfg") for rank in range(comm.world)]
         shapes = [
             _part_shape(own, shares[branch], split, rank % split.num_patches, dim)
@@ -62,9 +60,37 @@ class Guidance:
                 if shares[branches[first]] is not None
             ]
             whole = wholes[0] if len(wholes) == 1 else torch.cat(wholes)
+            whole = whole.roll(split.origin, dim) if split.origin else whole
             return whole, [part[shape.numel() :] for part, shape in zip(parts, shapes, strict=True)]
 
         return Arriving(comm.all_gather(flat, sizes, kind="output"), joined)
+
+    def open_branches(self) -> None:
+        """Connect the ranks that have the same patch, for `join_branches`. All ranks call this."""
+        if self._branches is None and self._mesh.size("cfg") > 1:
+            self._branches = self._comm.split(self._mesh.groups("cfg"))
+
+    def join_branches(self, own: Tensor, batch: int, halves: Halves = None) -> Tensor:
+        """The own rows of the whole batch's prediction, from those of this rank's part of it. One message, or none.
+
+        ``halves``: see `gather`.
+        """
+        shares, alone = self._said(batch, halves)
+        if alone:
+            return own
+        assert self._branches is not None
+        parts = [torch.Size((len(share) if share is not None else 0, *own.shape[1:])) for share in shares]
+        flat = own.reshape(-1)[: parts[self.branch].numel()]
+        gathered = self._branches.all_gather(flat, [part.numel() for part in parts], kind="output").wait()
+        return torch.cat([part.view(shape) for part, shape in zip(gathered, parts, strict=True)])
+
+    def _said(self, batch: int, halves: Halves) -> tuple[list[Span | None], bool]:
+        """What each branch says of the batch, and whether it need not hear the other, which has computed the same."""
+        shares: list[Span | None] = [*self._shares(batch)]
+        alone = halves is None and shares[0] == shares[-1]
+        if halves is not None:
+            shares = [Span(0, batch) if branch in halves else None for branch in range(len(shares))]
+        return shares, alone
 
     def _shares(self, batch: int) -> Sequence[Span]:
         num_branches = self._mesh.size("cfg")

@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import Tensor
 
-from ..geometry import Levels
+from ..geometry import Moved, Split
 from ..models import Call
 from .base import State
 from .guidance import Halves
@@ -20,8 +20,9 @@ class Ran:
     """What a call of the model gave on this rank."""
 
     result: Any  # of the model
-    own: Tensor  # own rows [B, C, rows, W] of the prediction
-    levels: Levels
+    own: Tensor  # own rows [B, C, rows, W] of the prediction; of patches that stand alone, their window
+    split: Split  # of the picture
+    moved: Moved | None = None  # where the patches were, if each stands alone
 
 
 @dataclass
@@ -42,7 +43,7 @@ class Pairs:
         branch: of guidance, that this half of the ranks computes: 0 the first call, 1 the second; None: there are no
             halves, and every call is answered at once.
         run: computes a call on the ranks of this half.
-        skip: (what ran before on this rank, call) -> the same for a call that is left to the other half.
+        skip: (what ran before on this rank, call, its state) -> the same for a call that is left to the other half.
         deliver: (what ran on this rank, call, see `Guidance.gather`) -> predictions as the model returns them.
         start: a new state.
         place: which branch of its picture a state is, and how many there are.
@@ -53,7 +54,7 @@ class Pairs:
         self,
         branch: int | None,
         run: Callable[[Call, State], Ran],
-        skip: Callable[[Ran, Call], Ran],
+        skip: Callable[[Ran, Call, State], Ran],
         deliver: Callable[[Ran, Call, Halves], Any],
         start: Callable[[], State],
         place: Callable[[State], tuple[int, int]],
@@ -73,7 +74,7 @@ class Pairs:
             return self._now(call, state)
         state.is_halved = True
         before: Ran = state.last
-        ran = self._run(call, state) if place == self._branch else self._skip(before, call)
+        ran = self._run(call, state) if place == self._branch else self._skip(before, call, state)
         if place == 0:
             first = _First(call, ran)
             later = Later(before.result[0], lambda: self._alone(lambda: self._settle(first)))

@@ -8,10 +8,10 @@ from ..comm.residual import Wire
 from ..comm.slots import Slots
 from ..config import ParallelConfig
 from ..exchange import Exchange, Fresh, Stale, uses_old_moments
-from .base import State
+from .base import Joined, State
 
 
-class Sync:
+class Sync(Joined):
     """Every value of this step: equal to one device. Waits at every seam.
 
     With a codec, values travel whole in a picture's first step, and as residuals from then on: near, not equal.
@@ -32,7 +32,7 @@ class Sync:
         return Fresh(self._comm, wire=state.wire)
 
 
-class Displaced:
+class Displaced(Joined):
     """Displaced patch parallelism (DistriFusion, arXiv 2402.19481): peers' values of the step before, sent in the
     background.
 
