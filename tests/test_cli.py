@@ -61,10 +61,10 @@ def test_commands_and_flags() -> None:
             *("--plot", "--rounds", "--size", "--steps", "--strategy", "--trace", "--width", "--world"),
         ],
         "generate": [
-            *("--cfg", "--codec", "--context-window", "--device", "--dtype", "--group-norm", "--guidance-scale"),
-            *("--height", "--json", "--model"),
+            *("--cfg", "--codec", "--context-window", "--device", "--dtype", "--fps", "--frames"),
+            *("--group-norm", "--guidance-scale", "--height", "--json", "--model"),
             *("--negative-prompt", "--nproc", "--output", "--patch", "--seed", "--split", "--steps", "--strategy"),
-            *("--warmup-steps", "--width", "-o", "prompt"),
+            *("--true-cfg-scale", "--warmup-steps", "--width", "-o", "prompt"),
         ],
         "compare": [
             *("--add", "--batch", "--cfg", "--codec", "--context-window", "--device", "--dtype", "--folders"),

@@ -37,11 +37,12 @@ def check_size(found: Checkpoint, config: ParallelConfig, mesh: Mesh, height: in
     """Whether a picture of this size (None: the model's own) can be spread over ``mesh``.
 
     Raises:
-        ConfigError: a size the VAE cannot take, or fewer rows of latent than ranks; says what would fit.
+        ConfigError: a size the model cannot take, or fewer rows of latent or tokens than ranks; says what would fit.
     """
     size = found.latent_size(height, width)
     if size is not None:
-        Split.even(size[0] if config.split == "rows" else size[1], mesh.size("patch"))
+        num_rows, patch = size[0] if config.split == "rows" else size[1], found.sizes.patch
+        Split.even(num_rows // patch, mesh.size("patch"), what="rows of latent" if patch == 1 else "rows of tokens")
 
 
 def num_workers(config: ParallelConfig, nproc: int | None, device: str) -> int:

@@ -46,19 +46,19 @@ class Split:
     bounds: tuple[int, ...]
 
     @classmethod
-    def even(cls, size: int, num_patches: int, unit: int = 1) -> Split:
+    def even(cls, size: int, num_patches: int, unit: int = 1, what: str = "rows of latent") -> Split:
         """Patches as equal as possible, on multiples of ``unit`` (a power of two) where that costs no balance.
 
         Patches on multiples of 2^levels stay aligned down the U-Net, which saves halos at its upsamplers. The unit is
         halved until the largest patch is at most an eighth above the even share: the slowest rank sets the pace.
+        ``what`` is what messages call the rows.
 
         Raises:
             ConfigError: fewer rows than patches; says the largest world.
         """
         if size < num_patches:
             raise ConfigError(
-                f"{size} rows of latent cannot be split over {num_patches} ranks: "
-                f"the largest world for this picture is {size}"
+                f"{size} {what} cannot be split over {num_patches} ranks: the largest world for this picture is {size}"
             )
         while True:
             num_units = -(-size // unit)

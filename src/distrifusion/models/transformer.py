@@ -125,13 +125,8 @@ class TransformerTable:
         """See Table. Level 0 is the latent's, level 1 that of its tokens."""
         patch = self._plan.patch(self.model)
         along, across = (height, width) if dim == 2 else (width, height)
-        if along // patch < num_patches:
-            what = "rows" if dim == 2 else "columns"
-            raise ConfigError(
-                f"{along // patch} {what} of tokens cannot be split over {num_patches} ranks: "
-                f"the largest world for this picture is {along // patch}"
-            )
-        tokens = Split.even(along // patch, num_patches)
+        what = "rows of tokens" if dim == 2 else "columns of tokens"
+        tokens = Split.even(along // patch, num_patches, what=what)
         latents = Split(tuple(patch * bound for bound in tokens.bounds))
         return Levels((latents, tokens), (across, across // patch))
 
