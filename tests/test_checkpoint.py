@@ -32,7 +32,7 @@ def broken(tiny: Path, tmp_path: Path) -> Path:
 def test_a_folder_tells_its_sizes_and_dtype(tiny: Path) -> None:
     found = find(tiny)
     assert found.path == tiny
-    assert (found.pipeline, found.factor, found.default_size) == ("StableDiffusionPipeline", 2, (32, 32))
+    assert (found.pipeline, found.sizes.factor, found.default_size) == ("StableDiffusionPipeline", 2, (32, 32))
     assert found.dtype == "float32"
     assert found.latent_size(64, None) == (32, 16)
 

@@ -64,9 +64,7 @@ def test_a_folder_tells_its_sizes(
 def test_a_size_that_cannot_be_is_refused_before_anything_is_loaded(folder: Folder) -> None:
     found = find(folder("flux"))
     check_size(found, SYNC, Mesh.fit(SYNC, 8), 64, 48)
-    with pytest.raises(
-        df.ConfigError, match="8 rows of tokens cannot be split over 9 ranks: the largest"
-    ):
+    with pytest.raises(df.ConfigError, match="8 rows of tokens cannot be split over 9 ranks: the largest"):
         check_size(found, SYNC, Mesh.fit(SYNC, 9), 64, 48)
     with pytest.raises(df.ConfigError, match=r"height=60 must be a multiple of 8, so that a row .*: 56 or 64 fits"):
         check_size(found, SYNC, Mesh.fit(SYNC, 2), 60, 48)
@@ -135,6 +133,7 @@ def test_a_model_without_guidance_takes_none(folder: Folder) -> None:
         ("wan", ["--frames", "0"], "frames=0 must be"),
         ("wan", ["--fps", "0"], "fps=0 must be"),
         ("flux", ["--frames", "9"], "frames=9 is for models of videos, and FluxPipeline makes pictures"),
+        ("flux", ["--split", "frames"], "split='frames' is for models of videos, and FluxPipeline makes pictures"),
         ("flux", ["--height", "60"], "height=60 must be a multiple of 8"),
         ("flux", ["--height", "64", "--nproc", "9"], "8 rows of tokens cannot be split over 9 ranks"),
     ],

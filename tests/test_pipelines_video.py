@@ -220,7 +220,10 @@ CASES = {
 ONE_CALL = ("ltx", "cogvideox")  # per step, with both branches of guidance in a batch; the others make two
 
 
-@pytest.mark.parametrize("config", [SYNC, ALWAYS_WARM, COLS], ids=str)
+FRAMES_APART = df.ParallelConfig(strategy="sync", split="frames")
+
+
+@pytest.mark.parametrize("config", [SYNC, ALWAYS_WARM, COLS, FRAMES_APART], ids=str)
 @pytest.mark.parametrize("name", CASES)
 def test_latents_equal_those_of_one_device(name: str, config: df.ParallelConfig) -> None:
     check(CASES[name].make, CASES[name], config=config)

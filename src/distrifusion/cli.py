@@ -60,7 +60,7 @@ def generate(
     patch: Annotated[
         int | None, typer.Option(help="Ranks along the picture; without it, all that --cfg leaves.")
     ] = None,
-    split: Annotated[str, typer.Option(help="rows or cols of the picture.")] = _DEFAULT.split,
+    split: Annotated[str, typer.Option(help="rows or cols of the picture, or frames of a video.")] = _DEFAULT.split,
     group_norm: Annotated[
         str, typer.Option(help="Statistics of displaced steps: corrected, carried, stale, separate or sync.")
     ] = _DEFAULT.group_norm,

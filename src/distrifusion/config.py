@@ -10,7 +10,7 @@ from typing import Any, Literal, get_args
 from .errors import ConfigError
 
 StrategyName = Literal["sync", "displaced", "naive", "shifted", "pipelined", "tensor"]
-SplitDim = Literal["rows", "cols"]
+SplitDim = Literal["rows", "cols", "frames"]
 GroupNormMode = Literal["corrected", "carried", "stale", "separate", "sync"]
 
 BUILT: tuple[StrategyName, ...] = ("sync", "displaced", "naive")
@@ -32,7 +32,7 @@ class ParallelConfig:
             (DistriFusion, arXiv 2402.19481), ``"naive"`` exchanges nothing inside the denoiser (the baseline).
         cfg: 2 runs the conditional and the unconditional branch of classifier-free guidance on separate ranks.
         patch: ranks along the picture; None takes all that ``cfg`` leaves.
-        split: ``"rows"`` or ``"cols"`` of the latent.
+        split: ``"rows"`` or ``"cols"`` of the latent, or ``"frames"`` of a video's.
         warmup_steps: synchronous steps after the first one; ``displaced`` only (0: only the first is synchronous).
         group_norm: statistics under ``displaced``: ``"corrected"`` (the paper's: all old, moved by the own change),
             ``"carried"`` (the peers' patches taken to have changed much as the own one; nearer to one device),

@@ -31,17 +31,14 @@ class ControlNetTable:
 
     gathers = False
     has_window = True
+    has_frames = False
 
     def __init__(self, model: Any) -> None:
         self.model = model
         self.fingerprint = Fingerprint(model)
         self._forward = type(model).forward
 
-    def size(self, call: Call) -> tuple[int, int]:
-        """See Table."""
-        return call.sample.shape[2], call.sample.shape[3]
-
-    def num_frames(self, call: Call) -> int:
+    def third(self, call: Call, dim: int) -> int:
         """See Table."""
         return 1
 
@@ -49,8 +46,9 @@ class ControlNetTable:
         """See Table."""
         return 0
 
-    def levels(self, height: int, width: int, num_patches: int, dim: int) -> Levels:
+    def levels(self, call: Call, num_patches: int, dim: int) -> Levels:
         """See Table."""
+        height, width = call.sample.shape[2:]
         return levels_of(self.model, height, width, num_patches, dim)
 
     def layers(self, holder: FrameHolder) -> Iterator[Layer]:

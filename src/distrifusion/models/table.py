@@ -60,20 +60,19 @@ class Table(Protocol):
     has_window: bool
     """Whether its attentions can be kept to a part of the neighbours (``context_window``)."""
 
-    def size(self, call: Call) -> tuple[int, int]:
-        """Height and width of the call's picture, in latent rows."""
-        ...
+    has_frames: bool
+    """Whether it makes videos, which may be split along their frames."""
 
-    def num_frames(self, call: Call) -> int:
-        """Frames of a video; a picture has one."""
+    def third(self, call: Call, dim: int) -> int:
+        """The side of the call's tokens that is neither split along ``dim`` nor across, see Frame. 1 for a picture."""
         ...
 
     def num_guests(self, call: Call) -> int:
         """Tokens of further pictures to look at, which stand right after those of the call's picture."""
         ...
 
-    def levels(self, height: int, width: int, num_patches: int, dim: int) -> Levels:
-        """The splits of a latent of ``height`` x ``width`` along ``dim`` (2 rows, 3 cols) at every level.
+    def levels(self, call: Call, num_patches: int, dim: int) -> Levels:
+        """The splits of the call's latents along ``dim`` (1 frames, 2 rows, 3 cols) at every level.
 
         Raises:
             ConfigError: a size that the model cannot take, or fewer rows than patches.
@@ -108,11 +107,14 @@ class Table(Protocol):
         ...
 
     def fold(self, output: Any, call: Call, frame: Frame) -> Tensor:
-        """Own rows ``[B, C, rows, W]`` of the prediction, from what the model returned first."""
+        """Own rows ``[B, C, rows, W]`` of the prediction, from what the model returned first; the split dim is
+
+        ``frame.dim``, so that own frames are ``[B, frames, C, H, W]``.
+        """
         ...
 
     def unfold(self, whole: Tensor, like: Any) -> Any:
-        """The whole prediction ``[B, C, H, W]`` in the form of what the model returns, ``like`` one it returned."""
+        """The whole prediction, of what `fold` gave, in the form of what the model returns, ``like`` one of these."""
         ...
 
     def finish(self, result: Any, frame: Frame) -> Any:

@@ -49,6 +49,14 @@ class Grid:
 
 
 @dataclass(frozen=True)
+class Frames:
+    """Frames of a video's latents: ``patch`` of them behind a frame of tokens; along ``dim`` of latents of five."""
+
+    patch: Callable[[Any], int]
+    dim: int = 2
+
+
+@dataclass(frozen=True)
 class Plan:
     """What one class of transformers is made of. Module names are patterns, as of a shell; none reaches over a dot.
 
@@ -65,6 +73,7 @@ class Plan:
         sample: the argument that holds the latents.
         lists: arguments that are lists with an item for each picture of the batch.
         patch: rows of a latent behind a row of tokens; 1 where the latents come as tokens.
+        frames: of a model of videos, how its latents hold them; None: it makes pictures.
         sums: linear attentions over image tokens, and the processors that may be theirs: see PatchLinearAttention.
         convs: convolutions over tokens in rows.
         sides: blocks that are told sizes of the picture in tokens: see PatchSides.
@@ -87,6 +96,7 @@ class Plan:
     sample: str = "hidden_states"
     lists: tuple[str, ...] = ()
     patch: Callable[[Any], int] = field(default=lambda model: int(model.config.patch_size))
+    frames: Frames | None = None
     sums: Mapping[str, tuple[type, ...]] = field(default_factory=dict)
     convs: tuple[str, ...] = ()
     sides: tuple[str, ...] = ()
@@ -106,29 +116,29 @@ class TransformerTable:
         self.model = model
         self.fingerprint = Fingerprint(model)
         self._plan = plan
+        self.has_frames = plan.frames is not None
         self._forward = type(model).forward
 
-    def size(self, call: Call) -> tuple[int, int]:
+    def third(self, call: Call, dim: int) -> int:
         """See Table."""
-        grid, patch = self._plan.grid(self.model, call), self._plan.patch(self.model)
-        return grid.rows * patch, grid.cols * patch
-
-    def num_frames(self, call: Call) -> int:
-        """See Table."""
-        return self._plan.grid(self.model, call).frames
+        grid = self._plan.grid(self.model, call)
+        return grid.rows if dim == 1 else grid.frames
 
     def num_guests(self, call: Call) -> int:
         """See Table."""
         return self._plan.grid(self.model, call).guests
 
-    def levels(self, height: int, width: int, num_patches: int, dim: int) -> Levels:
+    def levels(self, call: Call, num_patches: int, dim: int) -> Levels:
         """See Table. Level 0 is the latent's, level 1 that of its tokens."""
-        patch = self._plan.patch(self.model)
-        along, across = (height, width) if dim == 2 else (width, height)
-        what = "rows of tokens" if dim == 2 else "columns of tokens"
-        tokens = Split.even(along // patch, num_patches, what=what)
+        grid, plan, model = self._plan.grid(self.model, call), self._plan, self.model
+        along, across = (grid.cols, grid.rows) if dim == 3 else (grid.rows, grid.cols)
+        patch, what = plan.patch(model), "columns of tokens" if dim == 3 else "rows of tokens"
+        if dim == 1:
+            assert plan.frames is not None, "split='frames' is refused for pictures"
+            along, patch, what = grid.frames, plan.frames.patch(model), "frames of tokens"
+        tokens = Split.even(along, num_patches, what=what)
         latents = Split(tuple(patch * bound for bound in tokens.bounds))
-        return Levels((latents, tokens), (across, across // patch))
+        return Levels((latents, tokens), (across * plan.patch(model), across))
 
     def layers(self, holder: FrameHolder) -> Iterator[Layer]:
         """See Table."""
@@ -194,9 +204,10 @@ class TransformerTable:
         split = frame.split(TOKENS)
         if whole.ndim == 3:
             image = whole[:, : sum(frame.num_tokens(TOKENS))]
-            sides = frame.num_frames, *frame.sides(TOKENS, split.size)
-            whole = torch.unflatten(image.transpose(1, 2), 2, sides)
-        if whole.ndim == 5:
+            whole = torch.unflatten(image.transpose(1, 2), 2, frame.shape(TOKENS, split.size))
+        if frame.dim == 1:
+            whole = whole if self._has_frames_first(output) else whole.transpose(1, 2)
+        elif whole.ndim == 5:
             whole = whole.flatten(1, 2)
         span = frame.split(LATENTS).span(frame.patch)
         return whole.narrow(frame.dim, span.start, len(span))
@@ -205,9 +216,15 @@ class TransformerTable:
         """See Table. What the model predicts for guests is left out, as pipelines have no use for it."""
         if isinstance(like, list):
             return list(self.unfold(whole, like[0][None]))
+        if whole.ndim == 5:  # split by frames, which stand first here
+            whole = (whole if self._has_frames_first(like) else whole.transpose(1, 2)).flatten(1, 2)
         if like.ndim == 3:
             return whole.flatten(2).view(len(whole), like.shape[2], -1).transpose(1, 2).contiguous()
         return torch.unflatten(whole, 1, like.shape[1:3]) if like.ndim == 5 else whole
+
+    def _has_frames_first(self, output: Tensor) -> bool:
+        """Whether the model's output is of ``[B, frames, C, H, W]``, and not of ``[B, C, frames, H, W]``."""
+        return output.ndim == 5 and self._plan.frames is not None and self._plan.frames.dim == 1
 
     def finish(self, result: Any, frame: Frame) -> Any:
         """See Table."""

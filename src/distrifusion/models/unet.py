@@ -30,6 +30,7 @@ class UNetTable:
 
     gathers = True
     has_window = True
+    has_frames = False
 
     def __init__(self, model: Any) -> None:
         self.model = model
@@ -40,11 +41,7 @@ class UNetTable:
         # Only Upsample2D is told the size to reach; the other upsamplers double, whatever the skip connection has.
         self._only_doubles = not self._is_conditional or any(isinstance(up, ResnetBlock2D) for up in upsamplers)
 
-    def size(self, call: Call) -> tuple[int, int]:
-        """See Table."""
-        return call.sample.shape[2], call.sample.shape[3]
-
-    def num_frames(self, call: Call) -> int:
+    def third(self, call: Call, dim: int) -> int:
         """See Table."""
         return 1
 
@@ -52,8 +49,9 @@ class UNetTable:
         """See Table."""
         return 0
 
-    def levels(self, height: int, width: int, num_patches: int, dim: int) -> Levels:
+    def levels(self, call: Call, num_patches: int, dim: int) -> Levels:
         """See Table."""
+        height, width = call.sample.shape[2:]
         unit = 2 ** len(downsampling_windows(self.model)[0])
         if self._only_doubles and (height % unit or width % unit):
             raise ConfigError(

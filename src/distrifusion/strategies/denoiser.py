@@ -27,6 +27,8 @@ from .pictures import Pictures
 
 T = TypeVar("T")
 
+_DIMS = {"frames": 1, "rows": 2, "cols": 3}  # of what tables fold a prediction to
+
 
 class ParallelDenoiser:
     """Takes over ``model.forward`` until ``detach``; the model object, its weights and its hooks stay what they are.
@@ -62,6 +64,10 @@ class ParallelDenoiser:
             raise UnsupportedModel(
                 f"context_window={config.context_window} is known for U-Nets only, not for {type(table.model).__name__}"
             )
+        if config.split == "frames" and not table.has_frames:
+            raise UnsupportedModel(
+                f"split='frames' is for models of videos, not for {type(table.model).__name__}: use 'rows' or 'cols'"
+            )
         self._table = table
         self._config = config
         self._comm = comm
@@ -74,7 +80,7 @@ class ParallelDenoiser:
         self._holder = FrameHolder()
         self._layers: dict[tuple[int, str], Layer] = {}  # by their place
         self._pictures = Pictures(self._strategy, timesteps)
-        self._dim = 2 if config.split == "rows" else 3
+        self._dim = _DIMS[config.split]
         has_halves = self._mesh.size("cfg") > 1 and not self._feeders
         branch = self._guidance.branch if has_halves else None
         start = self._strategy.start
@@ -184,11 +190,11 @@ class ParallelDenoiser:
     def _run(self, call: Call, state: State) -> Ran:
         """Run the model on this rank's patch and part of the batch."""
         num_patches = self._mesh.size("patch")
-        levels = self._table.levels(*self._table.size(call), num_patches, self._dim)
+        levels = self._table.levels(call, num_patches, self._dim)
         exchange = self._strategy.policy(state)
         patch, window = self._mesh.coordinate(self._comm.rank, "patch"), self._config.context_window
-        num_frames, num_guests = self._table.num_frames(call), self._table.num_guests(call)
-        frame = Frame(patch, self._dim, levels, exchange, num_frames, num_guests, context_window=window)
+        third, num_guests = self._table.third(call, self._dim), self._table.num_guests(call)
+        frame = Frame(patch, self._dim, levels, exchange, third, num_guests, context_window=window)
         fed = [feeder.take_cost() for feeder in self._feeders]
         own_call = self._own_batch(call)
         if num_patches > 1:

@@ -20,7 +20,7 @@ class Ran:
     """What a call of the model gave on this rank."""
 
     result: Any  # of the model
-    own: Tensor  # own rows [B, C, rows, W] of the prediction
+    own: Tensor  # own rows [B, C, rows, W] of the prediction, or own frames [B, frames, C, H, W]
     levels: Levels
 
 
