@@ -124,7 +124,7 @@ def test_a_missing_component(broken: Path) -> None:
     shutil.rmtree(broken / "text_encoder")
     with pytest.raises(ConfigError, match=r"is incomplete: its model_index\.json names 'text_encoder'"):
         find(broken)
-    assert find(broken, without=["text_encoder"]).factor == 2
+    assert find(broken, without=["text_encoder"]).sizes.factor == 2
 
 
 @pytest.mark.parametrize(("text", "words"), [("{", "is not readable as JSON"), ("[]", "holds list where an object")])

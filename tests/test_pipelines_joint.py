@@ -23,6 +23,7 @@ from pipelines import (
     DISPLACED,
     EXACT,
     NUMPY_WARNINGS,
+    SYNC,
     check,
     drawing,
     picture,
@@ -262,6 +263,38 @@ CONDITIONED = {
 @pytest.mark.parametrize("config", [df.ParallelConfig(strategy="sync"), ALWAYS_WARM], ids=["sync", "warm-up"])
 def test_pictures_to_look_at_and_controlnets(name: str, config: df.ParallelConfig) -> None:
     check(*CONDITIONED[name], config=config)
+
+
+def test_every_rank_is_led_by_the_control_image_of_rank_0() -> None:
+    """SD3's pipeline draws its latents from torch's global generator, which is another one on each rank."""
+
+    def make(rank: int) -> Any:
+        pipe = sd3_controlled()
+        pipe.vae.quant_conv.bias.data[:4] += 0.5 * rank
+        return pipe
+
+    truth, other = controlled(make(0)), controlled(make(1))
+    assert distance(other, truth) > 1000 * EXACT
+
+    def rank(comm: Any) -> tuple[Tensor, bool]:
+        pipe = df.parallelize(make(comm.rank), SYNC, comm)
+        latents = controlled(pipe)
+        df.restore(pipe)
+        return latents, bool(pipe.controlnet._forward_pre_hooks)
+
+    for latents, has_hooks in df.run_ranks(3, rank):
+        assert distance(latents, truth) <= EXACT
+        assert not has_hooks
+
+
+def test_control_images_of_several_sizes_are_told() -> None:
+    def rank(comm: Any) -> None:
+        pipe = df.parallelize(flux_controlled(), SYNC, comm)
+        size = 40 + 8 * comm.rank
+        pipe(**{**SMALL, "height": size}, control_image=picture(height=size, width=40))
+
+    with pytest.raises(df.RanksDisagree, match="control image differs: rank 0 has"):
+        df.run_ranks(2, rank)
 
 
 def test_controlnets_of_transformers_are_reported_to_run_whole() -> None:

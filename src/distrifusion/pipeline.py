@@ -16,6 +16,7 @@ from .mesh import Mesh
 from .metrics import Report
 from .models import controlnet_table, is_known, table_for
 from .strategies.agreement import agree
+from .strategies.condition import SharedCondition
 from .strategies.denoiser import ParallelDenoiser
 from .strategies.guidance import Guidance
 
@@ -65,8 +66,10 @@ def parallelize(target: T, config: ParallelConfig | None = None, comm: Comm | No
             nets = [] if model is target else _controlnets(target)
             tables = [controlnet_table(net, model) for net in nets]
             notes: list[str] = []
+            conditions: list[SharedCondition] = []
             if None in tables:  # their outputs are added up: all in patches, or all whole
                 notes += [f"{type(net).__name__} runs whole on every rank" for net in nets]
+                conditions += [SharedCondition(net, comm) for net in nets]
                 tables.clear()
             if _is_compiled(target, model):
                 notes.append("torch.compile does nothing while parallel")
@@ -75,7 +78,9 @@ def parallelize(target: T, config: ParallelConfig | None = None, comm: Comm | No
                 feeders.append(ParallelDenoiser(table, config, comm, timesteps, guidance=guidance))
                 setattr(table.model, _MARK, feeders[-1])
             own = table_for(model)
-            parallel = ParallelDenoiser(own, config, comm, timesteps, guidance=guidance, feeders=feeders, notes=notes)
+            parallel = ParallelDenoiser(
+                own, config, comm, timesteps, guidance=guidance, feeders=feeders, conditions=conditions, notes=notes
+            )
             setattr(model, _MARK, parallel)
     except Exception:
         for model in [*models, *_controlnets(target)]:

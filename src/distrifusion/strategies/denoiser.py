@@ -21,6 +21,7 @@ from ..models import Call, Table
 from . import strategy_for
 from .agreement import check_call, check_latents, probe
 from .base import State
+from .condition import SharedCondition
 from .guidance import Guidance, Halves
 from .pairs import Pairs, Ran
 from .pictures import Pictures
@@ -42,6 +43,7 @@ class ParallelDenoiser:
         guidance: the split of the batch, where models share one; None: one of its own.
         feeders: models that run before this one in each step and leave their outputs to it in patches, such as
             ControlNets. They are reported, reset and detached with it.
+        conditions: of models that run whole on every rank, which are attached and detached with it.
         notes: what the report is to say beside the numbers.
 
     Raises:
@@ -58,6 +60,7 @@ class ParallelDenoiser:
         *,
         guidance: Guidance | None = None,
         feeders: Sequence[ParallelDenoiser] = (),
+        conditions: Sequence[SharedCondition] = (),
         notes: Sequence[str] = (),
     ) -> None:
         if config.context_window is not None and not table.has_window:
@@ -74,6 +77,7 @@ class ParallelDenoiser:
         self._mesh = Mesh.fit(config, comm.world)
         self._guidance = guidance if guidance is not None else Guidance(self._mesh, comm)
         self._feeders = tuple(feeders)
+        self._conditions = tuple(conditions)
         self._notes = list(notes)
         self._cost = Cost()  # of a feeder, until it is asked for
         self._strategy = strategy_for(config, self._guidance.patches)
@@ -99,6 +103,8 @@ class ParallelDenoiser:
         self._outer: Callable[..., Any] = torch.compiler.disable(forward)  # type: ignore[no-untyped-call]
         self._is_detached = False
         self.model.forward = self._outer
+        for condition in self._conditions:
+            condition.attach()
 
     @property
     def model(self) -> nn.Module:
@@ -136,6 +142,8 @@ class ParallelDenoiser:
             return
         self._is_detached = True
         self._pictures.forget()
+        for condition in self._conditions:
+            condition.detach()
         for layer in self._layers.values():
             layer.detach()
         self._layers.clear()
