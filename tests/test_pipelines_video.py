@@ -250,12 +250,19 @@ def test_displaced_steps_run_in_every_branch(name: str) -> None:
 
 
 def test_the_second_transformer_warms_up_by_itself() -> None:
-    def rank(comm: Any) -> list[list[str]]:
+    def rank(comm: Any) -> list[df.Report]:
         pipe = df.parallelize(wan_of_two(), DISPLACED, comm)
         CASES["wan-2.2"](pipe)
-        return [df.report(pipe.transformer).kinds, df.report(pipe.transformer_2).kinds]
+        both = df.report(pipe)
+        pipe.register_to_config(boundary_ratio=0.0)  # the second has no step to make
+        CASES["wan-2.2"](pipe)
+        return [df.report(pipe.transformer), df.report(pipe.transformer_2), both, df.report(pipe)]
 
-    first, second = df.run_ranks(2, rank)[0]
+    reports = df.run_ranks(2, rank)[0]
+    alone, second, both, last = (report.kinds for report in reports)
+    first = both[: -len(second)]
+    assert (alone, both[-len(second) :], last) == (["sync"] * 2 + ["displaced"] * 2 * (STEPS - 1), second, alone)
+    assert len(reports[2].seconds) == len(both)
     for kinds in (first, second):
         assert kinds == ["sync"] * 2 + ["displaced"] * (len(kinds) - 2)
         assert len(kinds) > 2

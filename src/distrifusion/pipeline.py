@@ -119,13 +119,20 @@ def reset(target: Any) -> None:
 
 
 def report(target: Any) -> Report:
-    """What ran on this rank for the present or last picture; a target that is not parallel: one rank, no steps."""
-    for model in _denoisers(target):
-        parallel = getattr(model, _MARK, None)
-        if parallel is not None:
-            found: Report = parallel.report.copy()
-            return found
-    return Report("none", str(Mesh((1, 1))))
+    """What ran on this rank for the present or last picture; a target that is not parallel: one rank, no steps.
+
+    Of a pipeline with two denoisers, such as Wan 2.2's: the steps of the first and then of the second.
+    """
+    parallels = [getattr(model, _MARK, None) for model in _denoisers(target)]
+    found = [parallel for parallel in parallels if parallel is not None]
+    if not found:
+        return Report("none", str(Mesh((1, 1))))
+    mark = _timesteps_of(target)()
+    first, *others = [parallel.report for parallel in found if parallel.is_of(mark)] or [found[0].report]
+    merged: Report = first.copy()
+    for other in others:
+        merged = merged.then(other)
+    return merged
 
 
 def _denoisers(target: Any) -> list[Any]:

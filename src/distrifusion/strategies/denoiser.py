@@ -152,6 +152,10 @@ class ParallelDenoiser:
         else:
             self.model.forward = self._previous
 
+    def is_of(self, mark: Any) -> bool:
+        """Whether the last call was of the picture with these timesteps."""
+        return self._pictures.mark is mark
+
     def reset(self) -> None:
         """Start a new picture at the next call."""
         for parallel in (self, *self._feeders):

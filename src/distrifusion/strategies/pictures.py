@@ -39,7 +39,7 @@ class Pictures:
     def __init__(self, strategy: Strategy, timesteps: Callable[[], Any]) -> None:
         self._strategy = strategy
         self._timesteps = timesteps
-        self._mark: Any = None
+        self.mark: Any = None  # the timesteps of the last call's picture
         self._fingerprint: Any = None
         self._branches: list[_Branch] = []
         self._is_running = False
@@ -47,9 +47,9 @@ class Pictures:
     def state(self, call: Call, conditioning: Any, fingerprint: Any) -> tuple[State, bool]:
         """The state of the call's branch, and whether the call starts a picture."""
         mark = self._timesteps()
-        if mark is not self._mark or fingerprint != self._fingerprint:
+        if mark is not self.mark or fingerprint != self._fingerprint:
             self.reset()
-        self._mark, self._fingerprint = mark, fingerprint
+        self.mark, self._fingerprint = mark, fingerprint
         shape, dtype, timestep = call.sample.shape, call.sample.dtype, call.arguments.get("timestep")
         time = _on_host(timestep) if _is_none(conditioning) else None
         for branch in self._branches:
