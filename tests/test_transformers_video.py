@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -159,8 +160,9 @@ def test_wan_between_two_images() -> None:
     arguments = {**tiny.arguments(2, 7, 5), "encoder_hidden_states_image": noise(4, *IMAGE)}
     truth = first(build(tiny)(**arguments))
 
-    def rank(comm: Any) -> Any:
-        return first(df.parallelize(build(tiny), SYNC, comm)(**arguments))
+    def rank(comm: Any, config: df.ParallelConfig) -> Any:
+        return first(df.parallelize(build(tiny), config, comm)(**arguments))
 
-    for result in df.run_ranks(3, rank):
-        assert distance(result, truth) <= EXACT
+    for world, config in ((3, SYNC), (2, replace(SYNC, cfg=2)), (4, replace(SYNC, cfg=2))):
+        for result in df.run_ranks(world, lambda comm, config=config: rank(comm, config)):
+            assert distance(result, truth) <= EXACT

@@ -19,12 +19,14 @@ from ..layers import Frame, FrameHolder, Layer
 class Call:
     """One call of a denoiser, its arguments by name. ``sample`` is the whole latent ``[B, C, H, W]``.
 
-    ``lists`` names arguments that are lists with an item for each picture of the batch.
+    ``lists`` names arguments that are lists with an item for each picture of the batch, ``several`` tensors that hold
+    as many rows for each, one picture's after the other's.
     """
 
     arguments: dict[str, Any]
     sample_name: str = "sample"
     lists: tuple[str, ...] = ()
+    several: tuple[str, ...] = ()
 
     @property
     def sample(self) -> Tensor:
@@ -44,6 +46,11 @@ class Call:
             items = self.arguments.get(name)
             if isinstance(items, list) and len(items) == batch:
                 taken[name] = items[span.start : span.stop]
+        for name in self.several:
+            rows = self.arguments.get(name)
+            if isinstance(rows, Tensor):
+                count = rows.shape[0] // batch
+                taken[name] = rows[count * span.start : count * span.stop]
         attention = self.arguments.get("cross_attention_kwargs")
         if attention:  # IP-Adapter's masks are by adapter, of which there may be as many as pictures
             taken["cross_attention_kwargs"] = attention

@@ -86,6 +86,7 @@ VIDEO: tuple[Plan, ...] = (
         grid=_of_video,
         patch=_rows_of_patch,
         frames=Frames(_frames_of_patch),
+        several=("encoder_hidden_states_image",),  # a first and a last image
         conditions=("encoder_hidden_states", "encoder_hidden_states_image"),
     ),
     Plan(
