@@ -59,9 +59,11 @@ class Case:
     parts: dict[str, Any]
     calls: int = 1
     is_shifted: bool = True
+    scheduler: Any = None
 
     def make(self) -> Any:
-        scheduler = diffusers.FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=self.is_shifted)
+        flow = diffusers.FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=self.is_shifted)
+        scheduler = flow if self.scheduler is None else self.scheduler()
         return quiet(self.family(transformer=build(JOINT[self.transformer]), scheduler=scheduler, **self.parts))
 
     def call(self, pipe: Any, **changes: Any) -> Tensor:
@@ -115,6 +117,13 @@ CASES = {
         NO_ENCODERS,
         is_shifted=False,
     ),
+    "CogView3-Plus": Case(
+        diffusers.CogView3PlusPipeline,
+        "cogview3",
+        {**PROMPT, **NEGATIVE},
+        NO_ENCODERS,
+        scheduler=diffusers.CogVideoXDDIMScheduler,
+    ),
     "CogView4": Case(diffusers.CogView4Pipeline, "cogview4", {**PROMPT, **NEGATIVE}, NO_ENCODERS, calls=2),
     "Lumina 2": Case(
         diffusers.Lumina2Pipeline,
@@ -130,7 +139,6 @@ CASES = {
         NO_ENCODERS,
     ),
 }
-BATCHED = ["SD3", "AuraFlow", "Z-Image"]
 
 
 @pytest.mark.parametrize("name", CASES)
@@ -154,8 +162,8 @@ def test_displaced_steps_run_in_every_branch(name: str) -> None:
         assert distance(result, truth) > EXACT
 
 
-@pytest.mark.parametrize("name", BATCHED)
-def test_branches_of_one_batch_on_ranks_of_their_own(name: str) -> None:
+@pytest.mark.parametrize("name", CASES)
+def test_branches_on_ranks_of_their_own(name: str) -> None:
     check(CASES[name].make, CASES[name].call, worlds=(2, 4), config=CFG)
 
 

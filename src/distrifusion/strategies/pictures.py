@@ -32,9 +32,8 @@ class Pictures:
     A picture starts when the scheduler has new timesteps (``set_timesteps`` makes a new tensor) or when the model
     changes. Within a picture, calls with the same conditioning, size, batch and dtype are one branch, but two calls
     with one and the same timestep of the scheduler are two: views of a panorama, say. The same conditioning is the same
-    tensor; or, at another timestep, an equal one. A bare denoiser has no
-    scheduler: there a new conditioning or size starts a picture, without conditioning a timestep that rises; else its
-    user calls ``reset``.
+    tensor or, at another timestep, an equal one. A bare denoiser has no scheduler: there a new conditioning or size
+    starts a picture, without conditioning a timestep that rises; else its user calls ``reset``.
     """
 
     def __init__(self, strategy: Strategy, timesteps: Callable[[], Any]) -> None:
@@ -120,9 +119,8 @@ def _is_equal(one: Any, other: Any) -> bool:
     if isinstance(one, tuple) and isinstance(other, tuple):
         return len(one) == len(other) and all(_is_equal(a, b) for a, b in zip(one, other, strict=True))
     if isinstance(one, torch.Tensor) and isinstance(other, torch.Tensor):
-        return (one.shape, one.dtype, one.device) == (other.shape, other.dtype, other.device) and torch.equal(
-            one, other
-        )
+        is_alike = (one.shape, one.dtype, one.device) == (other.shape, other.dtype, other.device)
+        return is_alike and torch.equal(one, other)
     return type(one) is type(other) and bool(one == other)
 
 
