@@ -73,6 +73,11 @@ class Case:
         return torch.stack(images) if isinstance(images, list) else images
 
 
+class _LongCat(diffusers.LongCatImagePipeline):  # which takes no embeddings without a prompt
+    def _encode_prompt(self, prompt: list[str]) -> Tensor:
+        return {**PROMPT, **NEGATIVE}[prompt[0]]
+
+
 CASES = {
     "SD3": Case(
         diffusers.StableDiffusion3Pipeline,
@@ -94,6 +99,21 @@ CASES = {
         "chroma",
         {**PROMPT, **NEGATIVE, "prompt_attention_mask": LONG.bool(), "negative_prompt_attention_mask": SHORT.bool()},
         NO_ENCODERS,
+        calls=2,
+    ),
+    # At its own scale of guidance, which is 5, one device is 2e-5 from itself in float64.
+    "Ovis-Image": Case(
+        diffusers.OvisImagePipeline,
+        "ovis",
+        {**PROMPT, **NEGATIVE, "negative_prompt": None, "guidance_scale": 3.0},
+        NO_ENCODERS,
+        calls=2,
+    ),
+    "LongCat-Image": Case(
+        _LongCat,
+        "longcat",
+        {"prompt": "prompt_embeds", "negative_prompt": "negative_prompt_embeds", "enable_prompt_rewrite": False},
+        {**NO_ENCODERS, "text_processor": None},
         calls=2,
     ),
     "FLUX.2": Case(diffusers.Flux2Pipeline, "flux2", PROMPT, NO_ENCODERS),

@@ -174,6 +174,10 @@ CASES = {
     "wan-2.2": Case(wan_of_two, lambda: {**_prompts(), "guidance_scale_2": 3.0}),
     "wan-2.2-5b": Case(lambda: wan(expand_timesteps=True), _prompts),
     "wan-image": Case(wan_image, _wan_image),
+    "wan-vace": Case(
+        lambda: wan("wan-vace", diffusers.WanVACEPipeline, vae=vae("wan")),
+        lambda: {**_prompts(), "reference_images": [picture()], "conditioning_scale": [1.0, 0.7]},
+    ),
     "ltx": Case(
         lambda: _without_encoders(diffusers.LTXPipeline, "ltx", _flow(use_dynamic_shifting=True)),
         lambda: {**_prompts(), **_masks(), "guidance_scale": 3.0},

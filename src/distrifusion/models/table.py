@@ -20,13 +20,14 @@ class Call:
     """One call of a denoiser, its arguments by name. ``sample`` is the whole latent ``[B, C, H, W]``.
 
     ``lists`` names arguments that are lists with an item for each picture of the batch, ``several`` tensors that hold
-    as many rows for each, one picture's after the other's.
+    as many rows for each, one picture's after the other's, and ``shared`` what is not of single pictures at all.
     """
 
     arguments: dict[str, Any]
     sample_name: str = "sample"
     lists: tuple[str, ...] = ()
     several: tuple[str, ...] = ()
+    shared: tuple[str, ...] = ("cross_attention_kwargs",)  # masks by IP-Adapter, of which there may be as many
 
     @property
     def sample(self) -> Tensor:
@@ -51,9 +52,7 @@ class Call:
             if isinstance(rows, Tensor):
                 count = rows.shape[0] // batch
                 taken[name] = rows[count * span.start : count * span.stop]
-        attention = self.arguments.get("cross_attention_kwargs")
-        if attention:  # IP-Adapter's masks are by adapter, of which there may be as many as pictures
-            taken["cross_attention_kwargs"] = attention
+        taken.update({name: self.arguments[name] for name in self.shared if name in self.arguments})
         return replace(self, arguments=taken)
 
 

@@ -73,6 +73,7 @@ class Plan:
         sample: the argument that holds the latents.
         lists: arguments that are lists with an item for each picture of the batch.
         several: arguments that hold several rows for each picture of the batch, one picture's after the other's.
+        shared: arguments that are not of single pictures, and might be taken for it where there are as many of them.
         patch: rows of a latent behind a row of tokens; 1 where the latents come as tokens.
         frames: of a model of videos, how its latents hold them; None: it makes pictures.
         sums: linear attentions over image tokens, and the processors that may be theirs: see PatchLinearAttention.
@@ -97,6 +98,7 @@ class Plan:
     sample: str = "hidden_states"
     lists: tuple[str, ...] = ()
     several: tuple[str, ...] = ()
+    shared: tuple[str, ...] = ()
     patch: Callable[[Any], int] = field(default=lambda model: int(model.config.patch_size))
     frames: Frames | None = None
     sums: Mapping[str, tuple[type, ...]] = field(default_factory=dict)
@@ -178,9 +180,8 @@ class TransformerTable:
 
     def bind(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Call:
         """See Table."""
-        call = Call(
-            bind(self._forward, self.model, args, kwargs), self._plan.sample, self._plan.lists, self._plan.several
-        )
+        plan, arguments = self._plan, bind(self._forward, self.model, args, kwargs)
+        call = Call(arguments, plan.sample, plan.lists, plan.several, plan.shared)
         samples = call.arguments[self._plan.sample]
         if isinstance(samples, list | tuple):
             call = call.having(**{self._plan.sample: _stacked(samples)})

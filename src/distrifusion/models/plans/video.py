@@ -90,6 +90,23 @@ VIDEO: tuple[Plan, ...] = (
         conditions=("encoder_hidden_states", "encoder_hidden_states_image"),
     ),
     Plan(
+        diffusers.WanVACETransformer3DModel,
+        ("Wan 2.1 VACE",),
+        entries={
+            "rope": Tokens(),
+            "patch_embedding": Tokens(2, is_map=True),
+            "vace_patch_embedding": Tokens(2, is_map=True),
+        },
+        seams={"blocks.*.attn1": "last", "vace_blocks.*.attn1": "last"},
+        texts=("blocks.*.attn2", "vace_blocks.*.attn2"),
+        grid=_of_video,
+        patch=_rows_of_patch,
+        frames=Frames(_frames_of_patch),
+        several=("encoder_hidden_states_image",),
+        shared=("control_hidden_states_scale",),
+        conditions=("encoder_hidden_states", "encoder_hidden_states_image"),
+    ),
+    Plan(
         diffusers.LTXVideoTransformer3DModel,
         ("LTX-Video",),
         entries={"rope": Tokens(), "proj_in": Tokens()},
