@@ -17,6 +17,8 @@ def test_the_defaults_are_the_papers() -> None:
         "group_norm": "corrected",
         "codec": None,
         "context_window": None,
+        "text_encoders": "once",
+        "balance": None,
     }
 
 
@@ -75,6 +77,21 @@ def test_every_choice_is_accepted(strategy: str, split: str, group_norm: str) ->
         ({"context_window": float("nan")}, r"context_window=nan must be"),
         ({"context_window": True}, r"context_window=True must be"),
         ({"context_window": "0.5"}, r"context_window='0\.5' must be"),
+        ({"balance": (2, 0)}, r"balance=\(2, 0\) must be None, 'measured', or a positive number for each rank along"),
+        ({"balance": (2, -1)}, r"balance=\(2, -1\) must be .* such as \(2, 1, 1\) or '2,1,1'"),
+        ({"balance": (1, float("inf"))}, r"balance=\(1, inf\) must be"),
+        ({"balance": (1, float("nan"))}, r"balance=\(1, nan\) must be"),
+        ({"balance": (1, 10**400)}, r"balance=\(1, 1000"),
+        ({"balance": (True, 1)}, r"balance=\(True, 1\) must be"),
+        ({"balance": (1, None)}, r"balance=\(1, None\) must be"),
+        ({"balance": ()}, r"balance=\(\) must be"),
+        ({"balance": {2, 1}}, r"balance=\{1, 2\} must be"),
+        ({"balance": 2}, r"balance=2 must be"),
+        ({"balance": ""}, r"balance='' must be"),
+        ({"balance": "2;1"}, r"balance='2;1' must be"),
+        ({"balance": "2,,1"}, r"balance='2,,1' must be"),
+        ({"balance": "fast"}, r"balance='fast' must be"),
+        ({"balance": "measured", "warmup_steps": 0}, r"balance='measured' with warmup_steps=0 leaves no step"),
     ],
 )
 def test_a_bad_value_is_named_with_what_would_be_right(values: dict[str, object], message: str) -> None:
@@ -127,3 +144,26 @@ def test_a_codec_has_one_form_however_it_is_given(codec: object, text: str | Non
 def test_the_window_is_said_where_it_is_set() -> None:
     assert str(ParallelConfig(context_window=0)).endswith("group_norm=corrected context_window=0")
     assert str(ParallelConfig(codec="int8", context_window=0.3)).endswith(" codec=int8 context_window=0.3")
+
+
+@pytest.mark.parametrize(
+    ("balance", "text", "weights"),
+    [
+        (None, None, None),
+        ("measured", "measured", None),
+        ((2, 1, 1), "2,1,1", (2.0, 1.0, 1.0)),
+        ([2.0, 1, 1.0], "2,1,1", (2.0, 1.0, 1.0)),
+        ("2, 1,1", "2,1,1", (2.0, 1.0, 1.0)),
+        ((1.5, 0.1), "1.5,0.1", (1.5, 0.1)),
+        ((1 / 3, 1e-300), "0.3333333333333333,1e-300", (1 / 3, 1e-300)),
+        ("3", "3", (3.0,)),
+    ],
+)
+def test_a_balance_has_one_form_however_it_is_given(
+    balance: object, text: str | None, weights: tuple[float, ...] | None
+) -> None:
+    config = ParallelConfig(balance=balance)
+    assert (config.balance, config.weights) == (text, weights)
+    assert ParallelConfig(balance=config.balance) == config
+    assert hash(config) == hash(ParallelConfig(balance=text))
+    assert str(config).endswith(f" balance={text}" if text else "group_norm=corrected")

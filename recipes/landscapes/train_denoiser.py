@@ -95,6 +95,7 @@ def main() -> None:
     parser.add_argument("--minutes", type=float, default=90, help="of training in all, earlier runs counted in")
     parser.add_argument("--rate", type=float, default=1.5e-3)
     parser.add_argument("--resume", type=Path, help="a checkpoint to start from; one in --out is gone on with instead")
+    parser.add_argument("--begin", type=float, default=0.0, help="leave out the stages before this share of the time")
     options = parser.parse_args()
     rank, world, device = setup()
     options.out.mkdir(parents=True, exist_ok=True)
@@ -147,7 +148,7 @@ def main() -> None:
             if elapsed - last_save > SAVE_EVERY:  # by the common clock: all processes at the same step
                 save()
                 last_save = elapsed
-            share = elapsed / (options.minutes * 60)
+            share = options.begin + (1 - options.begin) * elapsed / (options.minutes * 60)
             if share >= 1:
                 break
             factor = min(1.0, (step - begun + 1) / 150) * min(1.0, (1 - share) / (1 - DECAY_FROM))

@@ -74,6 +74,12 @@ def generate(
     context_window: Annotated[
         float | None, typer.Option(help="Attend to this share (0 to 1) of each neighbouring patch only. Approximate.")
     ] = None,
+    text_encoders: Annotated[
+        str, typer.Option(help="once: each on one rank; freed: and held in memory by that one alone; every: on all.")
+    ] = _DEFAULT.text_encoders,
+    balance: Annotated[
+        str | None, typer.Option(help="Rows for unequal ranks: measured, or weights such as 2,1,1. Without it, equal.")
+    ] = None,
     height: Annotated[int | None, typer.Option(help="Pixels; without it, the model's own.")] = None,
     width: Annotated[int | None, typer.Option(help="Pixels; without it, the model's own.")] = None,
     frames: Annotated[int | None, typer.Option(help="Of a video; without it, the model's own.")] = None,
@@ -109,6 +115,8 @@ def generate(
         warmup_steps=warmup_steps,
         codec=codec,
         context_window=context_window,
+        text_encoders=text_encoders,  # type: ignore[arg-type]
+        balance=balance,
     )
     from . import commands
 

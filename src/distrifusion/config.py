@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
@@ -12,12 +13,16 @@ from .errors import ConfigError
 StrategyName = Literal["sync", "displaced", "naive", "shifted", "pipelined", "tensor"]
 SplitDim = Literal["rows", "cols", "frames"]
 GroupNormMode = Literal["corrected", "carried", "stale", "separate", "sync"]
+TextEncoders = Literal["once", "freed", "every"]
 
 BUILT: tuple[StrategyName, ...] = ("sync", "displaced", "naive")
 """Strategies that this release runs; the other names are reserved and refused with a line that says so."""
 
 CODECS = ("fp16", "bf16", "int8", "int4", "int2", "1bit")
 """Codecs for what travels between ranks, see docs/codecs.md."""
+
+MEASURED = "measured"
+"""The balance that follows the speed of the ranks."""
 
 CODED_SEAMS = ("context", "halo")
 """Seams whose values may be coded. Moments never are: few bytes, and statistics of float32."""
@@ -44,6 +49,13 @@ class ParallelConfig:
         context_window: None lets every patch attend to the whole picture. A number from 0 to 1 is the share of each
             neighbouring patch, its nearer rows, that a patch attends to beside itself (PCPP, arXiv 2412.02962);
             keys and values then go to neighbours only. Approximate, under ``sync`` too.
+        text_encoders: ``"once"``: each runs on one rank, which tells the others; several are spread over the ranks.
+            ``"freed"``: and the other ranks give up its memory until ``df.restore``, which is collective then.
+            ``"every"``: each runs on every rank.
+        balance: rows for unequal devices; as exact as equal ones. None: equal patches. One positive number for each
+            rank along the picture, such as ``(2, 1, 1)`` or ``"2,1,1"`` (which is how it is kept): rows in proportion.
+            ``"measured"``: after ``warmup_steps`` steps of each picture, rows in proportion to the speed measured in
+            them (STADI, arXiv 2509.04719). See docs/unequal-devices.md.
 
     Raises:
         ConfigError: a value that is not one of these, printed with what would be right.
@@ -57,6 +69,8 @@ class ParallelConfig:
     group_norm: GroupNormMode = "corrected"
     codec: str | Mapping[str, str] | None = None
     context_window: float | None = None
+    text_encoders: TextEncoders = "once"
+    balance: str | Sequence[float] | None = None
 
     def __post_init__(self) -> None:
         _one_of("strategy", self.strategy, get_args(StrategyName))
@@ -64,6 +78,7 @@ class ParallelConfig:
             raise ConfigError(f"strategy={self.strategy!r} is not built yet; choose one of {_quoted(BUILT)}")
         _one_of("split", self.split, get_args(SplitDim))
         _one_of("group_norm", self.group_norm, get_args(GroupNormMode))
+        _one_of("text_encoders", self.text_encoders, get_args(TextEncoders))
         _whole("cfg", self.cfg, 1)
         if self.cfg > 2:
             raise ConfigError(f"cfg={self.cfg} must be 1 or 2: guidance has two branches")
@@ -73,6 +88,12 @@ class ParallelConfig:
         # As text it is hashable, and the same however it was given.
         object.__setattr__(self, "codec", _codec_text(self.codec))
         _share("context_window", self.context_window)
+        object.__setattr__(self, "balance", _balance_text(self.balance))
+        if self.balance == MEASURED and self.warmup_steps < 1:
+            raise ConfigError(
+                f"balance={MEASURED!r} with warmup_steps={self.warmup_steps} leaves no step to measure: "
+                "warmup_steps must be at least 1"
+            )
         for name in ("codec", "context_window"):
             if self.strategy == "naive" and getattr(self, name) is not None:
                 raise ConfigError(
@@ -87,15 +108,23 @@ class ParallelConfig:
         return _codecs_of(self.codec) if self.codec is not None else {}
 
     @property
+    def weights(self) -> tuple[float, ...] | None:
+        """The weight of each rank along the picture, where they are given."""
+        if self.balance is None or self.balance == MEASURED:
+            return None
+        assert isinstance(self.balance, str)
+        return tuple(map(float, self.balance.split(",")))
+
+    @property
     def extras(self) -> list[str]:
-        """What was asked for beyond the strategy, as ``name=value``."""
-        names = ("codec", "context_window")
+        """What was asked of the patches beyond the strategy, as ``name=value``."""
+        names = ("codec", "context_window", "balance")
         return [f"{name}={getattr(self, name)}" for name in names if getattr(self, name) is not None]
 
     def __str__(self) -> str:
         facts = [
             f"strategy={self.strategy} cfg={self.cfg} patch={self.patch or 'all'} split={self.split} "
-            f"warmup_steps={self.warmup_steps} group_norm={self.group_norm}"
+            f"warmup_steps={self.warmup_steps} text_encoders={self.text_encoders} group_norm={self.group_norm}"
         ]
         return " ".join(facts + self.extras)
 
@@ -137,6 +166,23 @@ def _codecs_of(text: str) -> dict[str, str]:
         return dict.fromkeys(CODED_SEAMS, text)
     parts = [part.partition("=") for part in text.split(",")]
     return {seam.strip(): name.strip() for seam, _, name in parts}
+
+
+def _balance_text(balance: Any) -> str | None:
+    """``balance`` in its one normal form: ``"measured"``, or the weights as numbers with commas between them."""
+    if balance is None or (isinstance(balance, str) and balance == MEASURED):
+        return balance
+    values: Any = balance.split(",") if isinstance(balance, str) else balance
+    weights: list[float] = []
+    if isinstance(values, list | tuple):
+        with suppress(TypeError, ValueError, OverflowError):  # no number, or one too large
+            weights = [math.nan if isinstance(value, bool) else float(value) for value in values]
+    if not weights or not all(math.isfinite(weight) and weight > 0 for weight in weights):
+        raise ConfigError(
+            f"balance={balance!r} must be None, {MEASURED!r}, or a positive number for each rank along the picture, "
+            "such as (2, 1, 1) or '2,1,1'"
+        )
+    return ",".join(repr(weight).removesuffix(".0") for weight in weights)
 
 
 def _quoted(names: tuple[str, ...]) -> str:

@@ -23,7 +23,7 @@ class Mesh:
         """The mesh of ``config`` over ``world`` ranks.
 
         Raises:
-            ConfigError: the product of the axes is not the world.
+            ConfigError: the product of the axes is not the world, or the weights are not one for each patch.
         """
         patch = config.patch if config.patch is not None else max(world // config.cfg, 1)
         if config.cfg * patch != world:
@@ -34,6 +34,12 @@ class Mesh:
                 else f"a multiple of {config.cfg} ranks"
             )
             raise ConfigError(f"a world of {world} does not fit {asked}: start {fits}, or change the product")
+        weights = config.weights
+        if weights is not None and len(weights) != patch:
+            raise ConfigError(
+                f"balance={config.balance} has {len(weights)} weights for {patch} ranks along the picture: "
+                "give one for each"
+            )
         return cls((config.cfg, patch))
 
     @property

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from ..config import BUILT
 from ..errors import UnsupportedModel
 from .table import Call, Table
 
-__all__ = ["Call", "Table", "controlnet_table", "is_known", "supported", "table_for"]
+if TYPE_CHECKING:
+    from .vae import Half
+
+__all__ = ["Call", "Half", "Table", "controlnet_table", "is_known", "supported", "table_for", "vae_halves"]
 
 
 def table_for(model: Any) -> Table:
@@ -28,8 +31,17 @@ def table_for(model: Any) -> Table:
             return TransformerTable(model, plan)
     if "ControlNet" in type(model).__name__ and not type(model).__name__.startswith("UNet"):
         raise UnsupportedModel(f"{type(model).__name__} is spread together with its U-Net: give the pipeline of both")
-    known = ", ".join(family.__name__ for family in (*FAMILIES, *(plan.model for plan in PLANS)))
+    from .vae import PLANS as VAES
+
+    known = ", ".join(family.__name__ for family in (*FAMILIES, *(plan.model for plan in PLANS), *VAES))
     raise UnsupportedModel(f"{type(model).__name__} has no table; known are: {known}")
+
+
+def vae_halves(vae: Any) -> tuple[Half, ...] | None:
+    """Encoder and decoder of a VAE; None: no table knows its class."""
+    from .vae import PLANS, halves
+
+    return halves(vae) if type(vae) in PLANS else None
 
 
 def controlnet_table(controlnet: Any, unet: Any) -> Table | None:
@@ -57,19 +69,28 @@ odd sizes; displaced with a held input equals sync: tests/test_unet_exact.py"
 CHECKED_WITH = "0.42.1"
 """The release of diffusers that the tests ran with."""
 
-_TRANSFORMERS = (
-    "sync equals one device (relative L2 <= 1e-5, float32) at worlds 2, 3, 4, 5, rows and columns, batch 1 and 2, \
-uneven rows of tokens; displaced with a held input equals sync; cfg=2 at 2 and 4: tests/test_transformers.py; videos \
-by frames at 2 to 5: tests/test_transformers_video.py; final latents of whole pipelines, sync and displaced in warm-up, \
-worlds 2 and 3, cfg=2: tests/test_pipelines_cross.py, tests/test_pipelines_joint.py, tests/test_pipelines_video.py"
-)
+_TRANSFORMERS = """\
+sync equals one device (relative L2 <= 1e-5, float32) at worlds 2, 3, 4, 5, rows and columns, batch 1 and 2, uneven \
+rows of tokens; displaced with a held input equals sync; cfg=2 at 2 and 4: tests/test_transformers.py; videos by \
+frames at 2 to 5: tests/test_transformers_video.py; final latents of whole pipelines, sync and displaced in warm-up, \
+worlds 2 and 3, cfg=2: tests/test_pipelines_cross.py, tests/test_pipelines_joint.py, tests/test_pipelines_video.py"""
+
+
+_VAES = {
+    "AutoencoderKL": ["Stable Diffusion 1.x, 2.x, 3.x", "SDXL", "FLUX.1", "Z-Image"],
+    "AutoencoderKLFlux2": ["FLUX.2"],
+    "AutoencoderTiny": ["TAESD", "the bundled model"],
+    "AutoencoderKLQwenImage": ["Qwen-Image"],
+    "AutoencoderKLWan": ["Wan 2.1", "Wan 2.2"],
+}
 
 
 def supported() -> list[dict[str, Any]]:
-    """One entry per class of denoiser: ``class``, ``models``, ``strategies``, ``features``, ``checked``, ``diffusers``.
+    """One entry per class: ``class``, ``models``, ``strategies``, ``features``, ``checked``, ``diffusers``.
 
-    ``checked`` says what was compared with what, and the tests that do it: models of these shapes a few channels wide,
-    with random weights, on ranks that are threads. ``diffusers`` is the release they ran with.
+    Denoisers first, then VAEs. ``checked`` says what was compared with what, and the tests that do it: models of these
+    shapes a few channels wide, with random weights, on ranks that are threads. ``diffusers`` is the release they ran
+    with.
     """
     from .plans import PLANS
 
@@ -88,7 +109,23 @@ def supported() -> list[dict[str, Any]]:
         }
         for plan in PLANS
     ]
-    return [{**entry, "diffusers": CHECKED_WITH} for entry in (*_unets(), *transformers)]
+    vaes = [
+        {
+            "class": name,
+            "models": models,
+            "strategies": list(BUILT),
+            "features": [
+                "exact under every strategy, by rows or columns over all ranks",
+                "encode and decode",
+                "slicing",
+                "tiling (runs whole on every rank)",
+            ],
+            "checked": "encode and decode equal one device (relative L2 <= 1e-5, float32) at worlds 2, 3, 5, rows and "
+            "columns, batch 1 and 2, odd sizes: tests/test_vae_exact.py; whole pipelines: tests/test_pipelines_vae.py",
+        }
+        for name, models in _VAES.items()
+    ]
+    return [{**entry, "diffusers": CHECKED_WITH} for entry in (*_unets(), *transformers, *vaes)]
 
 
 def _unets() -> list[dict[str, Any]]:

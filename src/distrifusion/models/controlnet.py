@@ -38,6 +38,10 @@ class ControlNetTable:
         self.fingerprint = Fingerprint(model)
         self._forward = type(model).forward
 
+    def size(self, call: Call) -> tuple[int, int]:
+        """See Table."""
+        return call.sample.shape[2], call.sample.shape[3]
+
     def third(self, call: Call, dim: int) -> int:
         """See Table."""
         return 1
@@ -46,10 +50,9 @@ class ControlNetTable:
         """See Table."""
         return 0
 
-    def levels(self, call: Call, num_patches: int, dim: int) -> Levels:
+    def levels(self, height: int, width: int, weights: tuple[float, ...], dim: int, frames: int = 1) -> Levels:
         """See Table."""
-        height, width = call.sample.shape[2:]
-        return levels_of(self.model, height, width, num_patches, dim)
+        return levels_of(self.model, height, width, weights, dim)
 
     def layers(self, holder: FrameHolder) -> Iterator[Layer]:
         """See Table."""

@@ -69,6 +69,10 @@ class Table(Protocol):
     has_frames: bool
     """Whether it makes videos, which may be split along their frames."""
 
+    def size(self, call: Call) -> tuple[int, int]:
+        """Height and width of the call's picture, in latent rows."""
+        ...
+
     def third(self, call: Call, dim: int) -> int:
         """The side of the call's tokens that is neither split along ``dim`` nor across, see Frame. 1 for a picture."""
         ...
@@ -77,8 +81,10 @@ class Table(Protocol):
         """Tokens of further pictures to look at, which stand right after those of the call's picture."""
         ...
 
-    def levels(self, call: Call, num_patches: int, dim: int) -> Levels:
-        """The splits of the call's latents along ``dim`` (1 frames, 2 rows, 3 cols) at every level.
+    def levels(self, height: int, width: int, weights: tuple[float, ...], dim: int, frames: int = 1) -> Levels:
+        """The splits of a latent of ``height`` x ``width`` along ``dim`` (1 frames, 2 rows, 3 cols) at every level.
+
+        ``weights`` has one number for each patch, to which its rows are in proportion; ``frames`` are those of tokens.
 
         Raises:
             ConfigError: a size that the model cannot take, or fewer rows than patches.

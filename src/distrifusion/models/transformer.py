@@ -26,6 +26,7 @@ from ..layers import (
     PatchEntry,
     PatchExit,
     PatchLinearAttention,
+    PatchPrompt,
     PatchSeam,
     PatchSides,
 )
@@ -82,6 +83,7 @@ class Plan:
         cuts: arguments that hold the tokens of the whole picture, or are lists or tuples of such, and how. One without
             that dim, or of 1 there, is for all tokens and stays, such as a timestep.
         texts: attentions that see no image token among their keys, or belong to the text alone.
+        prompts: modules that read the text and nothing else, the same in every step: they run once per picture.
         conditions: arguments that stay the same in a picture and guidance branch.
         unknown: arguments that are refused when given.
     """
@@ -106,6 +108,7 @@ class Plan:
     sides: tuple[str, ...] = ()
     cuts: Mapping[str, Tokens] = field(default_factory=dict)
     texts: tuple[str, ...] = ()
+    prompts: tuple[str, ...] = ()
     conditions: tuple[str, ...] = ("encoder_hidden_states",)
     unknown: tuple[str, ...] = ()
 
@@ -123,6 +126,11 @@ class TransformerTable:
         self.has_frames = plan.frames is not None
         self._forward = type(model).forward
 
+    def size(self, call: Call) -> tuple[int, int]:
+        """See Table."""
+        grid, patch = self._plan.grid(self.model, call), self._plan.patch(self.model)
+        return grid.rows * patch, grid.cols * patch
+
     def third(self, call: Call, dim: int) -> int:
         """See Table."""
         grid = self._plan.grid(self.model, call)
@@ -132,17 +140,17 @@ class TransformerTable:
         """See Table."""
         return self._plan.grid(self.model, call).guests
 
-    def levels(self, call: Call, num_patches: int, dim: int) -> Levels:
+    def levels(self, height: int, width: int, weights: tuple[float, ...], dim: int, frames: int = 1) -> Levels:
         """See Table. Level 0 is the latent's, level 1 that of its tokens."""
-        grid, plan, model = self._plan.grid(self.model, call), self._plan, self.model
-        along, across = (grid.cols, grid.rows) if dim == 3 else (grid.rows, grid.cols)
-        patch, what = plan.patch(model), "columns of tokens" if dim == 3 else "rows of tokens"
+        patch = unit = self._plan.patch(self.model)
+        along, across = (width, height) if dim == 3 else (height, width)
+        num_rows, what = along // patch, "columns of tokens" if dim == 3 else "rows of tokens"
         if dim == 1:
-            assert plan.frames is not None, "split='frames' is refused for pictures"
-            along, patch, what = grid.frames, plan.frames.patch(model), "frames of tokens"
-        tokens = Split.even(along, num_patches, what=what)
-        latents = Split(tuple(patch * bound for bound in tokens.bounds))
-        return Levels((latents, tokens), (across * plan.patch(model), across))
+            assert self._plan.frames is not None, "split='frames' is refused for pictures"
+            num_rows, unit, what = frames, self._plan.frames.patch(self.model), "frames of tokens"
+        tokens = Split.weighted(num_rows, weights, what=what)
+        latents = Split(tuple(unit * bound for bound in tokens.bounds))
+        return Levels((latents, tokens), (across, across // patch))
 
     def layers(self, holder: FrameHolder) -> Iterator[Layer]:
         """See Table."""
@@ -169,6 +177,8 @@ class TransformerTable:
             elif name == plan.exit:
                 pattern = name
                 yield PatchExit(module, name, holder, tokens=plan.leaving)
+            elif (pattern := _match(name, plan.prompts)) is not None:
+                yield PatchPrompt(module, name, holder)
             elif hasattr(module, "processor") and _match(name, plan.texts) is None:
                 raise unsupported(module, name, "is an attention that the plan of its model does not name")
             elif isinstance(module, _READS_BEYOND) and not any(name.startswith(entry) for entry in plan.entries):

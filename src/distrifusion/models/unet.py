@@ -41,6 +41,10 @@ class UNetTable:
         # Only Upsample2D is told the size to reach; the other upsamplers double, whatever the skip connection has.
         self._only_doubles = not self._is_conditional or any(isinstance(up, ResnetBlock2D) for up in upsamplers)
 
+    def size(self, call: Call) -> tuple[int, int]:
+        """See Table."""
+        return call.sample.shape[2], call.sample.shape[3]
+
     def third(self, call: Call, dim: int) -> int:
         """See Table."""
         return 1
@@ -49,15 +53,14 @@ class UNetTable:
         """See Table."""
         return 0
 
-    def levels(self, call: Call, num_patches: int, dim: int) -> Levels:
+    def levels(self, height: int, width: int, weights: tuple[float, ...], dim: int, frames: int = 1) -> Levels:
         """See Table."""
-        height, width = call.sample.shape[2:]
         unit = 2 ** len(downsampling_windows(self.model)[0])
         if self._only_doubles and (height % unit or width % unit):
             raise ConfigError(
                 f"a latent of {height} x {width} does not fit this model: both must be multiples of {unit}"
             )
-        return levels_of(self.model, height, width, num_patches, dim)
+        return levels_of(self.model, height, width, weights, dim)
 
     def layers(self, holder: FrameHolder) -> Iterator[Layer]:
         """See Table."""
