@@ -64,7 +64,7 @@ def test_commands_and_flags() -> None:
             *("--balance", "--cfg", "--codec", "--context-window", "--device", "--dtype", "--fps", "--frames"),
             *("--group-norm", "--guidance-scale", "--height", "--json", "--model"),
             *("--negative-prompt", "--nproc", "--output", "--patch", "--seed", "--split", "--steps", "--strategy"),
-            *("--true-cfg-scale", "--warmup-steps", "--width", "-o", "prompt"),
+            *("--text-encoders", "--true-cfg-scale", "--warmup-steps", "--width", "-o", "prompt"),
         ],
         "compare": [
             *("--add", "--batch", "--cfg", "--codec", "--context-window", "--device", "--dtype", "--folders"),

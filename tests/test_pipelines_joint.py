@@ -15,6 +15,7 @@ from peft import LoraConfig
 from torch import Tensor
 
 import distrifusion as df
+from distrifusion.strategies.condition import SharedCondition
 from models import distance
 from pipelines import (
     ALWAYS_WARM,
@@ -316,12 +317,16 @@ def test_every_rank_is_led_by_the_control_image_of_rank_0() -> None:
 
 
 def test_control_images_of_several_sizes_are_told() -> None:
-    def rank(comm: Any) -> None:
-        pipe = df.parallelize(flux_controlled(), SYNC, comm)
-        size = 40 + 8 * comm.rank
-        pipe(**{**SMALL, "height": size}, control_image=picture(height=size, width=40))
+    class Net(torch.nn.Module):
+        def forward(self, controlnet_cond: Tensor) -> Tensor:
+            return controlnet_cond
 
-    with pytest.raises(df.RanksDisagree, match="control image differs: rank 0 has"):
+    def rank(comm: Any) -> None:
+        net = Net()
+        SharedCondition(net, comm).attach()
+        net(controlnet_cond=torch.zeros(1, 3 + comm.rank))
+
+    with pytest.raises(df.RanksDisagree, match=r"control image differs: rank 0 has \(1, 3\), torch.float32, rank 1"):
         df.run_ranks(2, rank)
 
 

@@ -180,7 +180,7 @@ def load(
     import diffusers
 
     check_name(name)
-    if name not in TRANSFORMERS and name not in SHAPES and not _has(name, "unet"):
+    if _has(name, "transformer") and name not in (*SHAPES, *TRANSFORMERS, *VAES):
         return _of_folder(name, height, width, batch, dtype, device)
     torch.manual_seed(0)
     if name in TRANSFORMERS:
