@@ -77,7 +77,11 @@ class Studio:
 
         def rank(comm: Comm) -> Painting:
             pipeline = self._twins[comm.rank]
-            parallelize(pipeline, replace(case.config, text_encoders="every"), comm)  # they share them, see `twin`
+            # They share text encoders and VAE, see `twin`: those run as they are, and one rank decodes.
+            vae = pipeline.vae
+            object.__setattr__(pipeline, "vae", None)
+            parallelize(pipeline, replace(case.config, text_encoders="every"), comm)
+            object.__setattr__(pipeline, "vae", vae)
             # Every rank ends with the whole latents, and one of them decodes.
             painting = self._call(pipeline, case, indices, "pt" if comm.rank == 0 else "latent")
             painting.patches = report(pipeline).patches
