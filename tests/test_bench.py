@@ -206,7 +206,7 @@ def test_sizes() -> None:
     [
         (
             ["--model", "nope"],
-            "model 'nope' is neither a folder with a unet nor one of the shapes sdxl, sdxl-mini, sd15",
+            "model 'nope' is neither a folder with a unet or transformer nor one of the shapes sdxl, sdxl-mini, sd15",
         ),
         (["--strategy", "fast"], "strategy='fast' must be one of 'sync', 'displaced', 'naive'"),
         (["--codec", "int3"], "codec='int3' must be one of 'fp16'"),

@@ -32,7 +32,7 @@ def broken(tiny: Path, tmp_path: Path) -> Path:
 def test_a_folder_tells_its_sizes_and_dtype(tiny: Path) -> None:
     found = find(tiny)
     assert found.path == tiny
-    assert (found.pipeline, found.factor, found.default_size) == ("StableDiffusionPipeline", 2, (32, 32))
+    assert (found.pipeline, found.sizes.factor, found.default_size) == ("StableDiffusionPipeline", 2, (32, 32))
     assert found.dtype == "float32"
     assert found.latent_size(64, None) == (32, 16)
 
@@ -124,7 +124,7 @@ def test_a_missing_component(broken: Path) -> None:
     shutil.rmtree(broken / "text_encoder")
     with pytest.raises(ConfigError, match=r"is incomplete: its model_index\.json names 'text_encoder'"):
         find(broken)
-    assert find(broken, without=["text_encoder"]).factor == 2
+    assert find(broken, without=["text_encoder"]).sizes.factor == 2
 
 
 @pytest.mark.parametrize(("text", "words"), [("{", "is not readable as JSON"), ("[]", "holds list where an object")])

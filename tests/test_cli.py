@@ -61,11 +61,11 @@ def test_commands_and_flags() -> None:
             *("--model", "--plot", "--rounds", "--size", "--steps", "--strategy", "--trace", "--width", "--world"),
         ],
         "generate": [
-            *("--balance", "--cfg", "--codec", "--context-window", "--device", "--dtype", "--group-norm"),
-            *("--guidance-scale", "--height", "--json", "--model"),
+            *("--balance", "--cfg", "--codec", "--context-window", "--device", "--dtype", "--fps", "--frames"),
+            *("--group-norm", "--guidance-scale", "--height", "--json", "--model"),
             *("--negative-prompt", "--nproc", "--output", "--overlap", "--panorama", "--patch", "--seed", "--shift"),
-            *("--split", "--steps", "--strategy", "--text-encoders", "--tile", "--warmup-steps", "--width", "-o"),
-            "prompt",
+            *("--split", "--steps", "--strategy", "--text-encoders", "--tile", "--true-cfg-scale", "--warmup-steps"),
+            *("--width", "-o", "prompt"),
         ],
         "compare": [
             *("--add", "--batch", "--cfg", "--codec", "--context-window", "--device", "--dtype", "--folders"),

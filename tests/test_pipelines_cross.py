@@ -192,6 +192,19 @@ def test_displaced_steps_run_and_are_near_one_device(name: str) -> None:
         assert EXACT < distance(result, truth) < distance(naive, truth)
 
 
+def test_text_that_is_cast_anew_at_every_step_is_one_text() -> None:
+    """Sana's pipeline casts what its encoder gives to the transformer's dtype in each step."""
+    embeds = {name: each.bfloat16() if "embeds" in name else each for name, each in texts(TEXT_DIM).items()}
+    size = {"height": 224, "width": 160, "use_resolution_binning": False, "negative_prompt": None}
+
+    def rank(comm: Any) -> list[str]:
+        pipe = df.parallelize(sana(diffusers.SanaPipeline), DISPLACED, comm)
+        sample(pipe, None, **embeds, **size)
+        return df.report(pipe).kinds
+
+    assert df.run_ranks(2, rank) == [["sync", "displaced", "displaced"]] * 2
+
+
 @pytest.mark.parametrize("name", ["PixArtSigma", "DiT", "HunyuanDiT", "Sana"])
 def test_the_branches_of_guidance_on_ranks_of_their_own(name: str) -> None:
     check(*PIPELINES[name], worlds=(2, 4), config=CFG)

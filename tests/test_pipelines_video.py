@@ -174,6 +174,10 @@ CASES = {
     "wan-2.2": Case(wan_of_two, lambda: {**_prompts(), "guidance_scale_2": 3.0}),
     "wan-2.2-5b": Case(lambda: wan(expand_timesteps=True), _prompts),
     "wan-image": Case(wan_image, _wan_image),
+    "wan-vace": Case(
+        lambda: wan("wan-vace", diffusers.WanVACEPipeline, vae=vae("wan")),
+        lambda: {**_prompts(), "reference_images": [picture()], "conditioning_scale": [1.0, 0.7]},
+    ),
     "ltx": Case(
         lambda: _without_encoders(diffusers.LTXPipeline, "ltx", _flow(use_dynamic_shifting=True)),
         lambda: {**_prompts(), **_masks(), "guidance_scale": 3.0},
@@ -220,7 +224,10 @@ CASES = {
 ONE_CALL = ("ltx", "cogvideox")  # per step, with both branches of guidance in a batch; the others make two
 
 
-@pytest.mark.parametrize("config", [SYNC, ALWAYS_WARM, COLS], ids=str)
+FRAMES_APART = df.ParallelConfig(strategy="sync", split="frames")
+
+
+@pytest.mark.parametrize("config", [SYNC, ALWAYS_WARM, COLS, FRAMES_APART], ids=str)
 @pytest.mark.parametrize("name", CASES)
 def test_latents_equal_those_of_one_device(name: str, config: df.ParallelConfig) -> None:
     check(CASES[name].make, CASES[name], config=config)
@@ -247,12 +254,19 @@ def test_displaced_steps_run_in_every_branch(name: str) -> None:
 
 
 def test_the_second_transformer_warms_up_by_itself() -> None:
-    def rank(comm: Any) -> list[list[str]]:
+    def rank(comm: Any) -> list[df.Report]:
         pipe = df.parallelize(wan_of_two(), DISPLACED, comm)
         CASES["wan-2.2"](pipe)
-        return [df.report(pipe.transformer).kinds, df.report(pipe.transformer_2).kinds]
+        both = df.report(pipe)
+        pipe.register_to_config(boundary_ratio=0.0)  # the second has no step to make
+        CASES["wan-2.2"](pipe)
+        return [df.report(pipe.transformer), df.report(pipe.transformer_2), both, df.report(pipe)]
 
-    first, second = df.run_ranks(2, rank)[0]
+    reports = df.run_ranks(2, rank)[0]
+    alone, second, both, last = (report.kinds for report in reports)
+    first = both[: -len(second)]
+    assert (alone, both[-len(second) :], last) == (["sync"] * 2 + ["displaced"] * 2 * (STEPS - 1), second, alone)
+    assert len(reports[2].seconds) == len(both)
     for kinds in (first, second):
         assert kinds == ["sync"] * 2 + ["displaced"] * (len(kinds) - 2)
         assert len(kinds) > 2

@@ -60,7 +60,7 @@ def test_every_plan_is_tested() -> None:
 def test_a_plan_names_what_its_class_has(plan: Plan) -> None:
     """A renamed argument would be taken for one that is not given: never cut, never refused, never told apart."""
     arguments = inspect.signature(plan.model.forward).parameters
-    for name in (plan.sample, *plan.lists, *plan.cuts, *plan.conditions, *plan.unknown):
+    for name in (plan.sample, *plan.lists, *plan.several, *plan.shared, *plan.cuts, *plan.conditions, *plan.unknown):
         assert name in arguments
     for name in plan.methods:
         assert callable(getattr(plan.model, name))

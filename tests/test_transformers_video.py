@@ -3,22 +3,27 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import pytest
 import torch
 
 import distrifusion as df
+import models
+import transformers_video
 from distrifusion.exchange import Absent
 from distrifusion.geometry import Levels, Split
 from distrifusion.layers import Frame
 from distrifusion.layers.tokens import Tokens, own_tokens
 from models import distance
 from test_transformers import EXACT, first, on_ranks, one_device
+from transformers_joint import JOINT
 from transformers_tiny import Tiny, build, noise
-from transformers_video import IMAGE, VIDEO, wan
+from transformers_video import FRAMES, IMAGE, VIDEO, wan
 
 SYNC = df.ParallelConfig(strategy="sync")
+BY_FRAMES = df.ParallelConfig(strategy="sync", split="frames")
 
 Change = Callable[[dict[str, Any]], dict[str, Any]]
 
@@ -64,6 +69,59 @@ def test_what_does_not_fit_is_refused(what: str) -> None:
         on_ranks(name, 2, SYNC, {**arguments, **change(arguments)})
 
 
+def _of_frames(monkeypatch: pytest.MonkeyPatch, name: str, batch: int) -> dict[str, Any]:
+    """Five frames of tokens, but where positions are learned for three."""
+    monkeypatch.setattr(transformers_video, "FRAMES", FRAMES if name == "cogvideox-5b-image" else 5)
+    return VIDEO[name].arguments(batch, 7, 5)
+
+
+@pytest.mark.parametrize("name", VIDEO)
+@pytest.mark.parametrize(("world", "batch"), [(2, 1), (3, 2), (4, 2), (5, 1)])
+def test_split_by_frames_equals_one_device(monkeypatch: pytest.MonkeyPatch, name: str, world: int, batch: int) -> None:
+    """Five frames do not divide by any world but 5; the first frame, which some models treat apart, is of rank 0."""
+    arguments = _of_frames(monkeypatch, name, batch)
+    truth = one_device(name, arguments)
+    if name == "cogvideox-5b-image" and world > 3:
+        with pytest.raises(df.ConfigError, match=f"3 frames of tokens cannot be split over {world} ranks: the largest"):
+            on_ranks(name, world, BY_FRAMES, arguments)
+        return
+    for (result,) in on_ranks(name, world, BY_FRAMES, arguments):
+        assert result.shape == truth.shape
+        assert distance(result, truth) <= EXACT
+
+
+@pytest.mark.parametrize("name", VIDEO)
+def test_split_by_frames_needs_the_other_frames(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    arguments = _of_frames(monkeypatch, name, 1)
+    naive = df.ParallelConfig(strategy="naive", split="frames")
+    assert distance(on_ranks(name, 2, naive, arguments)[0][0], one_device(name, arguments)) > 1000 * EXACT
+
+
+@pytest.mark.parametrize("name", VIDEO)
+def test_displaced_frames_with_a_held_input_equal_sync(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    arguments = _of_frames(monkeypatch, name, 2)
+    truth = one_device(name, arguments)
+
+    def rank(comm: Any, cfg: int) -> Any:
+        config = df.ParallelConfig(strategy="displaced", warmup_steps=0, split="frames", cfg=cfg)
+        model = df.parallelize(build(VIDEO[name]), config, comm)
+        return [first(model(**arguments)) for _ in range(3)], df.report(model)
+
+    for cfg, world in ((1, 3), (2, 4)):
+        for results, report in df.run_ranks(world, lambda comm, cfg=cfg: rank(comm, cfg)):
+            assert report.kinds == ["sync", "displaced", "displaced"]
+            assert all(distance(result, truth) <= EXACT for result in results)
+            assert max(report.messages[1:]) <= 8
+            assert report.split == "frames"
+
+
+@pytest.mark.parametrize("what", ["sd3", "sd15"])
+def test_split_by_frames_is_refused_for_pictures(what: str) -> None:
+    model = build(JOINT["sd3"]) if what == "sd3" else models.build("sd15")
+    with pytest.raises(df.UnsupportedModel, match=r"split='frames' is for models of videos, not for .*: use 'rows'"):
+        df.run_ranks(2, lambda comm: df.parallelize(model, BY_FRAMES, comm))
+
+
 def test_patches_that_are_not_square_are_refused() -> None:
     def rank(comm: Any) -> Any:
         model = df.parallelize(build(Tiny(lambda: wan(patch_size=(1, 2, 1)), VIDEO["wan"].arguments)), SYNC, comm)
@@ -75,7 +133,7 @@ def test_patches_that_are_not_square_are_refused() -> None:
 
 def test_a_map_of_another_size_is_refused() -> None:
     levels = Levels((Split((0, 4, 8)), Split((0, 2, 4))), (6, 3))
-    frame = Frame(0, 2, levels, Absent(0), num_frames=2)
+    frame = Frame(0, 2, levels, Absent(0), third=2)
     whole = noise(1, 5, 2, 4, 3)
     assert torch.equal(own_tokens(whole, Tokens(2, is_map=True), frame), whole[..., :2, :])
     with pytest.raises(df.UnsupportedModel, match=r"a map of \(2, 4, 2\) tokens is not one of \(2, 4, 3\)"):
@@ -102,8 +160,9 @@ def test_wan_between_two_images() -> None:
     arguments = {**tiny.arguments(2, 7, 5), "encoder_hidden_states_image": noise(4, *IMAGE)}
     truth = first(build(tiny)(**arguments))
 
-    def rank(comm: Any) -> Any:
-        return first(df.parallelize(build(tiny), SYNC, comm)(**arguments))
+    def rank(comm: Any, config: df.ParallelConfig) -> Any:
+        return first(df.parallelize(build(tiny), config, comm)(**arguments))
 
-    for result in df.run_ranks(3, rank):
-        assert distance(result, truth) <= EXACT
+    for world, config in ((3, SYNC), (2, replace(SYNC, cfg=2)), (4, replace(SYNC, cfg=2))):
+        for result in df.run_ranks(world, lambda comm, config=config: rank(comm, config)):
+            assert distance(result, truth) <= EXACT

@@ -82,6 +82,21 @@ def _chroma(batch: int, rows: int, cols: int) -> dict[str, Any]:
     return {**own, "attention_mask": mask}
 
 
+def _ovis(batch: int, rows: int, cols: int) -> dict[str, Any]:
+    own = _flux(batch, rows, cols)
+    del own["pooled_projections"], own["guidance"]
+    return own
+
+
+def _longcat(batch: int, rows: int, cols: int) -> dict[str, Any]:
+    """Its pictures begin at row and column 512, and are told from the text, and pictures to look at, by axis 0."""
+    own = _ovis(batch, rows, cols)
+    guest = positions(3, 4)
+    guest[:, 0] = 2
+    ids = torch.cat([own["img_ids"] + torch.tensor([1.0, 0, 0]), guest]) + torch.tensor([0.0, 512, 512])
+    return {**own, "hidden_states": noise(batch, rows * cols + 12, 64), "img_ids": ids}  # as many as its pipeline makes
+
+
 def _qwen(batch: int, rows: int, cols: int) -> dict[str, Any]:
     return {
         "hidden_states": noise(batch, rows * cols, 4),
@@ -208,6 +223,17 @@ def _cogview3(batch: int, rows: int, cols: int) -> dict[str, Any]:
     }
 
 
+_LIKE_FLUX: dict[str, Any] = {
+    "patch_size": 1,
+    "in_channels": 4,
+    "num_layers": 2,
+    "num_single_layers": 2,
+    "attention_head_dim": 8,
+    "num_attention_heads": 2,
+    "joint_attention_dim": TEXT_DIM,
+    "axes_dims_rope": (2, 2, 4),
+}
+
 JOINT = {
     "cogview3": Tiny(
         lambda: diffusers.CogView3PlusTransformer2DModel(
@@ -278,6 +304,12 @@ JOINT = {
             approximator_layers=1,
         ),
         _chroma,
+    ),
+    "ovis": Tiny(lambda: diffusers.OvisImageTransformer2DModel(**_LIKE_FLUX, out_channels=4), _ovis),
+    "longcat": Tiny(
+        lambda: diffusers.LongCatImageTransformer2DModel(**{**_LIKE_FLUX, "in_channels": 64}),
+        _longcat,
+        guests=lambda rows, cols: 12,
     ),
     "qwen": Tiny(_build_qwen, _qwen),
     "qwen-edit": Tiny(lambda: _build_qwen(zero_cond_t=True), _qwen_edit, guests=lambda rows, cols: 10),

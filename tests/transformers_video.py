@@ -13,6 +13,7 @@ from transformers_tiny import Tiny, noise
 FRAMES = 3  # of tokens
 TEXT, TEXT_DIM, POOLED = 5, 6, 7
 IMAGE = (5, 16)  # tokens of an image, and their width
+VACE = 8 + 64  # channels: latents to keep and to make anew, and a mask of 8 x 8 pixels for each
 WAN_TEXT = 512  # what its attention takes for text, the tokens of an image being before it
 
 
@@ -47,6 +48,16 @@ def _wan_image(batch: int, rows: int, cols: int) -> dict[str, Any]:
         "encoder_hidden_states": noise(batch, WAN_TEXT, TEXT_DIM),
         "encoder_hidden_states_image": noise(batch, *IMAGE),
         "timestep": torch.full((batch,), 321.0),
+    }
+
+
+def _wan_vace(batch: int, rows: int, cols: int) -> dict[str, Any]:
+    """Controlled in two of three layers, at scales of their own."""
+    control = noise(batch, VACE, FRAMES, 2 * rows, 2 * cols, seed=78)
+    return {
+        **_wan(batch, rows, cols),
+        "control_hidden_states": control,
+        "control_hidden_states_scale": torch.tensor([1.0, 0.7]),
     }
 
 
@@ -117,6 +128,22 @@ def wan(**changes: Any) -> Any:
     return diffusers.WanTransformer3DModel(**{**settings, **changes})
 
 
+def wan_vace() -> Any:
+    return diffusers.WanVACETransformer3DModel(
+        num_attention_heads=2,
+        attention_head_dim=12,
+        in_channels=4,
+        out_channels=4,
+        text_dim=TEXT_DIM,
+        freq_dim=16,
+        ffn_dim=32,
+        num_layers=3,
+        rope_max_seq_len=32,
+        vace_layers=[0, 2],
+        vace_in_channels=VACE,
+    )
+
+
 def ltx(**changes: Any) -> Any:
     settings = {
         "in_channels": 4,
@@ -175,6 +202,7 @@ VIDEO: dict[str, Tiny] = {
     "wan-image": Tiny(
         lambda: wan(patch_size=(2, 2, 2), in_channels=12, image_dim=IMAGE[1], added_kv_proj_dim=24), _wan_image
     ),
+    "wan-vace": Tiny(wan_vace, _wan_vace),
     "ltx": Tiny(ltx, _ltx),
     "ltx-token-times": Tiny(ltx, _ltx_token_times),
     "cogvideox-2b": Tiny(cogvideox, _cogvideox),

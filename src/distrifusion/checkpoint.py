@@ -8,11 +8,12 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Collection
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from .errors import ConfigError
+from .sizes import Sizes, sizes_of
 
 BUNDLED = Path(__file__).parent / "bundled" / "landscapes"
 
@@ -21,45 +22,50 @@ HUB_KEYWORDS = ("revision", "token", "cache_dir", "local_files_only", "force_dow
 
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 _DTYPES = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16"}
-_VAES = ("AutoencoderKL", "AutoencoderTiny", "AsymmetricAutoencoderKL", "ConsistencyDecoderVAE")
 
 
 @dataclass(frozen=True)
 class Checkpoint:
     """A pipeline's folder whose parts are there and whose weights are readable.
 
-    ``factor`` is pixels per latent row and column, ``default_size`` the model's own (height, width) in pixels: None
-    where the pipeline is not one of a U-Net and an image VAE. ``dtype`` is that of the denoiser's weights, as torch
-    names it.
+    ``denoiser`` is the name of its component, ``dtype`` that of its weights, as torch names it.
     """
 
     path: Path
     pipeline: str
-    factor: int | None = None
-    default_size: tuple[int, int] | None = None
+    sizes: Sizes = field(default_factory=Sizes)
+    denoiser: str | None = None
     dtype: str | None = None
+
+    @property
+    def default_size(self) -> tuple[int, int] | None:
+        """The model's own (height, width) in pixels; None where only the pipeline knows."""
+        return self.sizes.default
 
     def latent_size(self, height: int | None, width: int | None) -> tuple[int, int] | None:
         """Latent (rows, columns) of a picture of ``height`` x ``width`` pixels; None where only the pipeline knows.
 
         Raises:
-            ConfigError: a side that the VAE cannot take; names the nearest ones that fit.
+            ConfigError: a side that the model cannot take; names the nearest ones that fit.
         """
         for name, side in (("height", height), ("width", width)):
             if side is not None and (isinstance(side, bool) or not isinstance(side, int) or side < 1):
                 raise ConfigError(f"{name}={side!r} must be a whole number of pixels, at least 1")
-        if self.factor is None:
+        sizes = self.sizes
+        if sizes.factor is None:
             return None
-        unit = max(8, self.factor)  # the pipelines of U-Nets ask for multiples of 8 whatever their VAE
+        unit, why = sizes.unit, "or the VAE cannot take it"
+        if sizes.patch > 1:
+            why = "so that a row of tokens has all its pixels"
         for name, side in (("height", height), ("width", width)):
             if side is not None and side % unit:
                 below, above = side // unit * unit, -(-side // unit) * unit
                 fits = f"{below} or {above} fits" if below else f"{above} fits"
-                raise ConfigError(f"{name}={side} must be a multiple of {unit}, or the VAE cannot take it: {fits}")
+                raise ConfigError(f"{name}={side} must be a multiple of {unit}, {why}: {fits}")
         if self.default_size is None and (height is None or width is None):
             return None
         default_height, default_width = self.default_size or (0, 0)
-        return (height or default_height) // self.factor, (width or default_width) // self.factor
+        return (height or default_height) // sizes.factor, (width or default_width) // sizes.factor
 
 
 def find(
@@ -116,20 +122,13 @@ def inspect(path: Path, name: str, variant: str | None = None, without: Collecti
             if f".{variant}" in file.name if variant else file.name.count(".") == 1:
                 dtypes.setdefault(part, _header_dtype(file, f"{part}/{file.name} of {name}"))
     denoiser = next((part for part in ("unet", "transformer") if part in components), None)
-    factor = default_size = None
-    if denoiser == "unet" and components.get("vae", ["", ""])[1] in _VAES:
-        vae = _json(path / "vae" / "config.json", name)
-        blocks = vae.get("block_out_channels") or vae.get("decoder_block_out_channels")  # AutoencoderTiny's
-        sample = _json(path / "unet" / "config.json", name).get("sample_size")
-        factor = 2 ** (len(blocks) - 1) if isinstance(blocks, list) else None
-        if factor and sample:
-            rows, columns = sample if isinstance(sample, list) else (sample, sample)
-            default_size = rows * factor, columns * factor
+    pipeline, classes = str(index.get("_class_name")), {part: value[1] for part, value in components.items()}
+    sizes = sizes_of(pipeline, classes, lambda part: _json(path / part / "config.json", name))
     return Checkpoint(
         path=path,
-        pipeline=str(index.get("_class_name", "DiffusionPipeline")),
-        factor=factor,
-        default_size=default_size,
+        pipeline=pipeline,
+        sizes=sizes,
+        denoiser=denoiser,
         dtype=_DTYPES.get(dtypes.get(denoiser) or "") if denoiser else None,
     )
 

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from .checkpoint import Checkpoint
 from .config import ParallelConfig
-from .errors import ConfigError
+from .errors import ConfigError, UnsupportedModel
 from .geometry import Split
 from .mesh import Mesh
 from .painter import Request
@@ -37,11 +37,17 @@ def check_size(found: Checkpoint, config: ParallelConfig, mesh: Mesh, height: in
     """Whether a picture of this size (None: the model's own) can be spread over ``mesh``.
 
     Raises:
-        ConfigError: a size the VAE cannot take, or fewer rows of latent than ranks; says what would fit.
+        ConfigError: a size the model cannot take, or fewer rows of latent or tokens than ranks; says what would fit.
+        UnsupportedModel: a split by frames of pictures.
     """
     size = found.latent_size(height, width)
+    if config.split == "frames" and not found.sizes.is_video:
+        raise UnsupportedModel(
+            f"split='frames' is for models of videos, and {found.pipeline} makes pictures: use 'rows' or 'cols'"
+        )
     if size is not None:
-        Split.even(size[0] if config.split == "rows" else size[1], mesh.size("patch"))
+        num_rows, patch = size[0] if config.split == "rows" else size[1], found.sizes.patch
+        Split.even(num_rows // patch, mesh.size("patch"), what="rows of latent" if patch == 1 else "rows of tokens")
 
 
 def num_workers(config: ParallelConfig, nproc: int | None, device: str) -> int:

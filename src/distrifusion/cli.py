@@ -60,7 +60,7 @@ def generate(
     patch: Annotated[
         int | None, typer.Option(help="Ranks along the picture; without it, all that --cfg leaves.")
     ] = None,
-    split: Annotated[str, typer.Option(help="rows or cols of the picture.")] = _DEFAULT.split,
+    split: Annotated[str, typer.Option(help="rows or cols of the picture, or frames of a video.")] = _DEFAULT.split,
     group_norm: Annotated[
         str, typer.Option(help="Statistics of displaced steps: corrected, carried, stale, separate or sync.")
     ] = _DEFAULT.group_norm,
@@ -98,8 +98,15 @@ def generate(
     width: Annotated[
         int | None, typer.Option(help="Pixels; without it, the model's own, or 1024 for a panorama.")
     ] = None,
+    frames: Annotated[int | None, typer.Option(help="Of a video; without it, the model's own.")] = None,
+    fps: Annotated[int, typer.Option(help="Frames per second in the file of a video.")] = 16,
     steps: Annotated[int, typer.Option(help="Denoising steps.")] = 30,
-    guidance_scale: Annotated[float, typer.Option(help="Strength of the guidance.")] = 5.0,
+    guidance_scale: Annotated[
+        float | None, typer.Option(help="Strength of the guidance; without it 5, or what a transformer's pipeline has.")
+    ] = None,
+    true_cfg_scale: Annotated[
+        float | None, typer.Option(help="Guidance by --negative-prompt, for FLUX and Qwen-Image.")
+    ] = None,
     negative_prompt: Annotated[str | None, typer.Option(help="What not to paint.")] = None,
     seed: Annotated[int, typer.Option(help="Of all noise.")] = 0,
     dtype: Annotated[
@@ -107,9 +114,9 @@ def generate(
     ] = None,
     device: Annotated[str, typer.Option(help="cpu, cuda or xpu.")] = "cpu",
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object instead of lines.")] = False,
-    output: Annotated[Path, typer.Option("--output", "-o", help="The picture; the suffix says the format.")] = Path(
-        "out.png"
-    ),
+    output: Annotated[
+        Path, typer.Option("--output", "-o", help="The picture, or a video as .gif, .png or .webp.")
+    ] = Path("out.png"),
 ) -> None:
     """Paint a picture from a prompt, on several processes.
 
@@ -151,6 +158,9 @@ def generate(
         device=device,
         output=output,
         view="panorama" if panorama else "tile" if tile else None,
+        true_cfg_scale=true_cfg_scale,
+        frames=frames,
+        fps=fps,
     )
     result = commands.generate_joined(order) if "RANK" in os.environ else commands.generate(order)
     if result is not None:

@@ -20,6 +20,10 @@ from .metrics import Report
 from .painter import OnStep, Request, Setup
 from .viewer import View, page
 
+GUIDANCE = 5.0  # of U-Nets, where none is asked for; pipelines of transformers each have their own
+
+_MOVING = (".gif", ".png", ".webp")
+
 
 @dataclass(frozen=True)
 class Order:
@@ -32,12 +36,15 @@ class Order:
     height: int | None
     width: int | None
     steps: int
-    guidance_scale: float
+    guidance_scale: float | None
     negative_prompt: str | None
     seed: int
     dtype: str | None
     device: str
     output: Path
+    true_cfg_scale: float | None = None
+    frames: int | None = None
+    fps: int = 16
     view: View | None = None  # of a picture whose ends meet
 
     @property
@@ -45,15 +52,21 @@ class Order:
         """The file of the view."""
         return self.output.with_suffix(".html")
 
-    def arguments(self) -> dict[str, Any]:
-        """The keywords of the pipeline."""
+    def arguments(self, found: checkpoint.Checkpoint) -> dict[str, Any]:
+        """The keywords of the pipeline in ``found``; where they are None, it has its own."""
+        guidance = self.guidance_scale
+        if guidance is None and found.denoiser == "unet":
+            guidance = GUIDANCE
         return {
             "prompt": self.prompt,
             "height": self.height,
             "width": self.width,
+            "num_frames": self.frames,
             "num_inference_steps": self.steps,
-            "guidance_scale": self.guidance_scale,
+            "guidance_scale": guidance,
+            "true_cfg_scale": self.true_cfg_scale,
             "negative_prompt": self.negative_prompt,
+            "output_type": "pil" if found.sizes.is_video else None,
         }
 
 
@@ -79,7 +92,7 @@ def generate(order: Order) -> Written:
         say("starting workers")
         with Engine(found.path, order.config, nproc=world, device=order.device, dtype=order.dtype) as engine:
             say("painting")
-            arguments = order.arguments()
+            arguments = order.arguments(found)
             steps = arguments.pop("num_inference_steps")
             result = engine.generate(**arguments, steps=steps, seed=order.seed, progress=on_step)
     return _write(order, result.images, result.report, result.seconds, world)
@@ -96,7 +109,7 @@ def generate_joined(order: Order) -> Written | None:
     check_device(order.device)
     comm = joined.connect(order.device)
     with joined.one_voice(comm):
-        said = {**order.arguments(), "seed": order.seed, "model": order.model, "dtype": order.dtype}
+        said = {name: value for name, value in vars(order).items() if name not in ("config", "nproc", "output")}
         settings = {**said, **asdict(order.config)}
         setup, request = joined.agree(comm, settings, lambda: _setup(order, comm.rank, comm.world))
         with _progress(comm.rank == 0) as (say, on_step):
@@ -112,9 +125,18 @@ def generate_joined(order: Order) -> Written | None:
 
 
 def _check(order: Order, world: int) -> checkpoint.Checkpoint:
-    make_request(order.seed, order.arguments())
+    make_request(order.seed, {"num_inference_steps": order.steps})
     mesh = Mesh.fit(order.config, world)
     found = checkpoint.find(order.model)
+    if found.sizes.is_video and order.output.suffix.lower() not in _MOVING:
+        raise ConfigError(
+            f"output {str(order.output)!r}: {found.pipeline} makes videos, which are written as {', '.join(_MOVING)}"
+        )
+    if order.frames is not None and not found.sizes.is_video:
+        raise ConfigError(f"frames={order.frames} is for models of videos, and {found.pipeline} makes pictures")
+    for name in ("frames", "fps"):
+        if (value := getattr(order, name)) is not None and value < 1:
+            raise ConfigError(f"{name}={value} must be a whole number of at least 1")
     dtype_name(order.dtype, order.device, found)
     check_size(found, order.config, mesh, order.height, order.width)
     return found
@@ -128,7 +150,7 @@ def _setup(order: Order, rank: int, world: int) -> tuple[Setup, Request]:
     found = _check(order, world)
     dtype = dtype_name(order.dtype, order.device, found)
     setup = Setup(path=str(found.path.absolute()), config=order.config, device=order.device, dtype=dtype)
-    return setup, make_request(order.seed, order.arguments(), found.default_size)
+    return setup, make_request(order.seed, order.arguments(found), found.default_size)
 
 
 def _check_outputs(order: Order) -> None:
@@ -169,10 +191,12 @@ def _beside(path: Path) -> Path:
 
 
 def _write(order: Order, images: Any, report: Report, seconds: float, world: int) -> Written:
-    image = images[0]
+    frames = images[0] if isinstance(images[0], list) else [images[0]]
+    image = frames[0]
     if not hasattr(image, "save"):
         raise ConfigError(f"the model makes {type(image).__name__}, and this command writes pictures: use df.Engine")
-    _whole_or_not(order.output, image.save)
+    moving = {"save_all": True, "append_images": frames[1:], "duration": 1000 / order.fps, "loop": 0}
+    _whole_or_not(order.output, lambda path: image.save(path, **(moving if len(frames) > 1 else {})))
     if order.view is not None:
         text = page(order.output, order.view, order.prompt)
         _whole_or_not(order.page, lambda path: path.write_text(text, encoding="utf-8"))
@@ -184,12 +208,14 @@ def _write(order: Order, images: Any, report: Report, seconds: float, world: int
         "seed": order.seed,
         "height": height,
         "width": width,
+        "frames": len(frames),
         "world": world,
         "device": order.device,
         "seconds": round(seconds, 3),
         **report.as_dict(),
     }
-    lines = [report.line(), f"wrote {order.output} ({width} x {height}, seed {order.seed}) in {seconds:.1f} s"]
+    size = f"{width} x {height}" + (f", {len(frames)} frames" if len(frames) > 1 else "")
+    lines = [report.line(), f"wrote {order.output} ({size}, seed {order.seed}) in {seconds:.1f} s"]
     if order.view is not None:
         facts["page"] = str(order.page)
         lines.append(f"wrote {order.page}: open it in a browser")

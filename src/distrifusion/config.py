@@ -11,7 +11,7 @@ from typing import Any, Literal, get_args
 from .errors import ConfigError
 
 StrategyName = Literal["sync", "displaced", "naive", "shifted", "pipelined", "tensor"]
-SplitDim = Literal["rows", "cols"]
+SplitDim = Literal["rows", "cols", "frames"]
 GroupNormMode = Literal["corrected", "carried", "stale", "separate", "sync"]
 TextEncoders = Literal["once", "freed", "every"]
 
@@ -47,7 +47,7 @@ class ParallelConfig:
             ``"shifted"`` neither, but moves the borders at every step (SpotDiffusion, arXiv 2407.15507).
         cfg: 2 runs the conditional and the unconditional branch of classifier-free guidance on separate ranks.
         patch: ranks along the picture; None takes all that ``cfg`` leaves.
-        split: ``"rows"`` or ``"cols"`` of the latent.
+        split: ``"rows"`` or ``"cols"`` of the latent, or ``"frames"`` of a video's.
         warmup_steps: synchronous steps after the first one under ``displaced`` (0: only the first is synchronous);
             synchronous steps at all under ``shifted``, whose first step needs no other.
         group_norm: statistics under ``displaced``: ``"corrected"`` (the paper's: all old, moved by the own change),
@@ -136,6 +136,8 @@ class ParallelConfig:
             raise ConfigError(f"shift={self.shift!r} must be one of {_quoted(SHIFTS)}, or a number of rows")
         _whole("shift_seed", self.shift_seed, 0)
         _whole("overlap", self.overlap, 0)
+        if self.strategy == "shifted" and self.split == "frames":
+            raise ConfigError("split='frames' is not for strategy='shifted', whose borders move over a picture")
         if self.strategy != "shifted":
             for field in fields(self):
                 value = getattr(self, field.name)

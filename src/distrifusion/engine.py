@@ -43,7 +43,8 @@ _OURS = {
 class Result:
     """One answer of the engine.
 
-    ``images`` is what the pipeline returned, a list of PIL images unless ``output_type`` asked for something else;
+    ``images`` is what the pipeline returned, a list of PIL images unless ``output_type`` asked for something else, or
+    the frames of videos in the form that the pipeline gives them;
     ``report`` how rank 0 ran; ``seconds`` the whole call of the pipeline, text encoder and VAE included.
     """
 

@@ -111,6 +111,15 @@ class Report:
             vae=dict(self.vae),
         )
 
+    def then(self, other: Report) -> Report:
+        """The report of a picture that two denoisers made, ``other`` the later steps."""
+        both = self.copy()
+        both.patches = self.patches or other.patches
+        for name in ("seconds", "messages", "bytes", "kinds"):
+            getattr(both, name).extend(getattr(other, name))
+        both.notes.extend(note for note in other.notes if note not in both.notes)
+        return both
+
 
 def human_bytes(count: float) -> str:
     """``count`` bytes in the largest binary unit that keeps the number at 1 or more."""

@@ -45,7 +45,7 @@ class Request:
 
 @dataclass
 class Painted:
-    """What the call gave: ``images`` as the pipeline made them (PIL unless asked otherwise), how it ran, seconds."""
+    """What the call gave: ``images`` as the pipeline made them (videos: their frames), how it ran, seconds."""
 
     images: Any
     report: Report
@@ -118,6 +118,7 @@ class Painter:
             if name not in self._arguments:
                 known = ", ".join(self._arguments)
                 raise ConfigError(f"{type(self.pipeline).__name__} takes no argument {name!r}; it takes {known}")
+        check_guidance(self.pipeline, request.arguments)
         # Every rank draws the same noise, also that of schedulers which draw at each step, from a generator or without.
         torch.manual_seed(request.seed)
         arguments = dict(request.arguments)
@@ -156,6 +157,37 @@ class Painter:
         elif isinstance(made, (tuple, list)):
             made = type(made)([self._of_rank_0(part) for part in made])
         return made
+
+
+def check_guidance(pipeline: Any, arguments: Mapping[str, Any]) -> None:
+    """Refuse words on guidance that ``pipeline`` would pass over in silence.
+
+    Pipelines of FLUX and Qwen-Image know two: ``guidance_scale``, an input of models that were distilled from guided
+    ones, and ``true_cfg_scale``, which guides by a second prediction where there is a negative prompt.
+
+    Raises:
+        ConfigError: says which would be right.
+    """
+    parameters = inspect.signature(pipeline.__call__).parameters
+    config = getattr(getattr(pipeline, "transformer", None), "config", {})
+    if "true_cfg_scale" not in parameters or "guidance_embeds" not in config:
+        return
+    name, scale = type(pipeline).__name__, arguments.get("guidance_scale")
+    if scale is not None and scale > 1 and not config["guidance_embeds"]:
+        raise ConfigError(
+            f"guidance_scale={scale} does nothing in this {name}, whose transformer takes no guidance: leave it out, "
+            "or give true_cfg_scale and negative_prompt"
+        )
+    true_scale = arguments.get("true_cfg_scale", parameters["true_cfg_scale"].default)
+    has_negative = any(arguments.get(f"negative_prompt{end}") is not None for end in ("", "_embeds"))
+    if has_negative and true_scale <= 1:
+        raise ConfigError(
+            f"a negative prompt does nothing in {name} with true_cfg_scale={true_scale}: give one above 1, or neither"
+        )
+    if "true_cfg_scale" in arguments and true_scale > 1 and not has_negative:
+        raise ConfigError(
+            f"true_cfg_scale={true_scale} does nothing in {name} without a negative_prompt, which may be ' '"
+        )
 
 
 class _Steps:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import threading
 import weakref
 from collections.abc import Callable
@@ -18,6 +19,7 @@ from .metrics import Report
 from .models import controlnet_table, is_known, table_for, vae_halves, wrapping_layers
 from .strategies.agreement import agree
 from .strategies.balance import Balance
+from .strategies.condition import SharedCondition
 from .strategies.denoiser import ParallelDenoiser
 from .strategies.encoders import SharedEncoder
 from .strategies.guidance import Guidance
@@ -84,8 +86,10 @@ def parallelize(target: T, config: ParallelConfig | None = None, comm: Comm | No
             nets = [] if model is target else _controlnets(target)
             tables = [controlnet_table(net, model) for net in nets]
             notes = list(whole)
+            conditions: list[SharedCondition] = []
             if None in tables:  # their outputs are added up: all in patches, or all whole
                 notes += [f"{type(net).__name__} runs whole on every rank" for net in nets]
+                conditions += [SharedCondition(net, comm) for net in nets]
                 tables.clear()
             feeders: list[ParallelDenoiser] = []
             shared: dict[str, Any] = {"guidance": guidance, "balance": Balance(config, mesh, comm)}
@@ -93,7 +97,7 @@ def parallelize(target: T, config: ParallelConfig | None = None, comm: Comm | No
                 feeders.append(ParallelDenoiser(table, config, comm, timesteps, **shared))
                 setattr(table.model, _MARK, feeders[-1])
             own = table_for(model)
-            shared["wrapper"] = _compiled_wrapper(target, model)
+            shared |= {"wrapper": _compiled_wrapper(target, model), "conditions": conditions}
             parallel = ParallelDenoiser(own, config, comm, timesteps, feeders=feeders, notes=notes, **shared)
             setattr(model, _MARK, parallel)
     except Exception:
@@ -220,12 +224,16 @@ def reset(target: Any) -> None:
 
 
 def report(target: Any) -> Report:
-    """What ran on this rank for the present or last picture; a target that is not parallel: one rank, no steps."""
+    """What ran on this rank for the present or last picture; a target that is not parallel: one rank, no steps.
+
+    Of a pipeline with two denoisers, such as Wan 2.2's: the steps of the first and then of the second.
+    """
     denoisers, vae = _denoisers(target), getattr(_vae(target), _MARK, None)
-    for parallel in (getattr(model, _MARK, None) for model in denoisers):
-        if parallel is not None:
-            found: Report = parallel.report.copy()
-            break
+    parallels = [getattr(model, _MARK) for model in denoisers if hasattr(model, _MARK)]
+    if parallels:
+        mark = _timesteps_of(target)()
+        reports = [parallel.report for parallel in parallels if parallel.is_of(mark)] or [parallels[0].report]
+        found: Report = functools.reduce(Report.then, reports[1:], reports[0].copy())
     else:
         found = vae.report if vae is not None and not denoisers else Report("none", str(Mesh((1, 1))))
     if vae is not None:

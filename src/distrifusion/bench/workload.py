@@ -11,6 +11,8 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import ConfigError
+from ..models import Call
+from .plan import LATENT
 
 _SDXL: dict[str, Any] = {
     "in_channels": 4,
@@ -145,11 +147,17 @@ def check_name(name: str) -> None:
     """Refuse what `load` cannot load.
 
     Raises:
-        ConfigError: neither a shape nor a folder with a ``unet``; lists the shapes.
+        ConfigError: neither a shape nor a folder with a ``unet`` or ``transformer``; lists the shapes.
     """
     shapes = (*SHAPES, *TRANSFORMERS, *VAES)
-    if name not in shapes and not (Path(name) / "unet" / "config.json").is_file():
-        raise ConfigError(f"model {name!r} is neither a folder with a unet nor one of the shapes {', '.join(shapes)}")
+    if name not in shapes and not (_has(name, "unet") or _has(name, "transformer")):
+        raise ConfigError(
+            f"model {name!r} is neither a folder with a unet or transformer nor one of the shapes {', '.join(shapes)}"
+        )
+
+
+def _has(name: str, part: str) -> bool:
+    return (Path(name) / part / "config.json").is_file()
 
 
 def load(
@@ -161,16 +169,19 @@ def load(
     device: str = "cpu",
     text_tokens: int = TEXT_TOKENS,
 ) -> Workload:
-    """The model called ``name`` (a shape, or a folder with a ``unet``) and its arguments, the same on all ranks.
+    """The model called ``name`` (a shape, or a pipeline's folder) and its arguments, the same on all ranks.
 
     ``height`` and ``width`` are those of the latents, in pixels / 8.
 
     Raises:
         ConfigError: neither a shape nor such a folder; lists the shapes.
+        UnsupportedModel: see `transformer_of`.
     """
     import diffusers
 
     check_name(name)
+    if _has(name, "transformer") and name not in (*SHAPES, *TRANSFORMERS, *VAES):
+        return _of_folder(name, height, width, batch, dtype, device)
     torch.manual_seed(0)
     if name in TRANSFORMERS:
         kind, settings = TRANSFORMERS[name]
@@ -192,6 +203,23 @@ def load(
     given = words(model.config, batch, text_tokens, noise)
     shape, arguments = given(height, width)
     return Workload(model, arguments, shape, dtype, torch.device(device), given, *called)
+
+
+def _of_folder(name: str, height: int, width: int, batch: int, dtype: torch.dtype, device: str) -> Workload:
+    from .capture import transformer_of
+
+    model, first_call = transformer_of(name, batch, dtype, device)
+
+    def given(height: int, width: int) -> Given:
+        return _parts(first_call(LATENT * height, LATENT * width))
+
+    first = first_call(LATENT * height, LATENT * width)
+    shape, arguments = _parts(first)
+    return Workload(model, arguments, shape, dtype, torch.device(device), given, first.sample_name, "__call__")
+
+
+def _parts(call: Call) -> Given:
+    return tuple(call.sample.shape), {name: value for name, value in call.arguments.items() if name != call.sample_name}
 
 
 def _decode(config: Any, batch: int, _: int, noise: Noise) -> Callable[[int, int], Given]:

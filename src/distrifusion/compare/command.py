@@ -54,7 +54,8 @@ def compare(
     height: Annotated[int | None, typer.Option(help="Pixels; without it, the model's own.")] = None,
     width: Annotated[int | None, typer.Option(help="Pixels; without it, the model's own.")] = None,
     guidance_scale: Annotated[
-        float | None, typer.Option(help="Strength of the guidance; without it 2.5 for the bundled model, else 5.")
+        float | None,
+        typer.Option(help="Strength of the guidance; without it 2.5 for the bundled model, 5, or a transformer's own."),
     ] = None,
     seed: Annotated[int, typer.Option(help="Of the first picture; the next has the next.")] = 0,
     batch: Annotated[int, typer.Option(help="Prompts that are painted together.")] = 2,
@@ -113,7 +114,7 @@ def compare(
             cases=cases,
             height=height,
             width=width,
-            guidance_scale=guidance_scale if guidance_scale is not None else default_guidance(model),
+            guidance_scale=guidance_scale if guidance_scale is not None else default_guidance(model, checkpoint),
             seed=seed,
             batch=batch,
             dtype=dtype_name(dtype, device, checkpoint) or "float32",

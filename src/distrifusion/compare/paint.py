@@ -18,7 +18,7 @@ from torch import nn
 from ..comm import Comm, run_ranks
 from ..config import ParallelConfig
 from ..errors import UnsupportedModel
-from ..painter import Painter, Setup
+from ..painter import Painter, Setup, check_guidance
 from ..pipeline import DENOISERS, parallelize, report, restore
 from .plan import Case, Plan
 
@@ -54,10 +54,13 @@ class Studio:
         setup = Setup(path=path, config=ParallelConfig(), device=plan.device, dtype=plan.dtype)
         self._plan = plan
         self._pipeline = Painter(setup).pipeline
-        known = inspect.signature(self._pipeline.__call__).parameters
-        for name in ("prompt", "generator", "guidance_scale", "callback_on_step_end"):
-            if name not in known:
+        self._known = inspect.signature(self._pipeline.__call__).parameters
+        tells = "callback" if "callback" in self._known else "callback_on_step_end"
+        for name in ("prompt", "generator", "guidance_scale", tells):
+            if name not in self._known:
                 raise UnsupportedModel(f"{type(self._pipeline).__name__} takes no {name}, which a comparison needs")
+        self._guidance = {} if plan.guidance_scale is None else {"guidance_scale": plan.guidance_scale}
+        check_guidance(self._pipeline, self._guidance)
         self._pipeline.set_progress_bar_config(disable=True)
         if hasattr(self._pipeline, "encode_prompt"):
             self._pipeline.encode_prompt = _Remembered(self._pipeline.encode_prompt)
@@ -74,7 +77,11 @@ class Studio:
 
         def rank(comm: Comm) -> Painting:
             pipeline = self._twins[comm.rank]
-            parallelize(pipeline, replace(case.config, text_encoders="every"), comm)  # they share them, see `twin`
+            # They share text encoders and VAE, see `twin`: those run as they are, and one rank decodes.
+            vae = pipeline.vae
+            object.__setattr__(pipeline, "vae", None)
+            parallelize(pipeline, replace(case.config, text_encoders="every"), comm)
+            object.__setattr__(pipeline, "vae", vae)
             # Every rank ends with the whole latents, and one of them decodes.
             painting = self._call(pipeline, case, indices, "pt" if comm.rank == 0 else "latent")
             painting.patches = report(pipeline).patches
@@ -96,26 +103,35 @@ class Studio:
         latents: list[np.ndarray] = []
         is_read = output_type == "pt"
 
-        def keep(_: Any, step: int, timestep: Any, tensors: dict[str, Any]) -> dict[str, Any]:
+        def keep(tensor: torch.Tensor) -> None:
             if is_read:
-                latents.append(tensors["latents"].detach().float().cpu().numpy().copy())
-            return {}
+                latents.append(tensor.detach().float().cpu().numpy().copy())
 
         output = pipeline(
             prompt=[plan.prompts[index] for index in indices],
             height=plan.height,
             width=plan.width,
             num_inference_steps=case.steps,
-            guidance_scale=plan.guidance_scale,
             generator=[torch.Generator("cpu").manual_seed(plan.seed + index) for index in indices],
             output_type=output_type,
-            callback_on_step_end=keep,
-            callback_on_step_end_tensor_inputs=["latents"],
+            **self._guidance,
+            **self._telling(keep),
         )
         if not is_read:
             return Painting(np.empty(0), np.empty(0))
         pictures = output.images.detach().float().cpu().permute(0, 2, 3, 1).contiguous().numpy()
         return Painting(pictures, np.stack(latents))
+
+    def _telling(self, keep: Callable[[torch.Tensor], None]) -> dict[str, Any]:
+        """Arguments by which the pipeline gives its latents to ``keep`` after each step."""
+        if "callback_on_step_end" not in self._known:
+            return {"callback": lambda step, timestep, latents: keep(latents), "callback_steps": 1}
+
+        def tell(_: Any, step: int, timestep: Any, tensors: dict[str, Any]) -> dict[str, Any]:
+            keep(tensors["latents"])
+            return {}
+
+        return {"callback_on_step_end": tell, "callback_on_step_end_tensor_inputs": ["latents"]}
 
 
 def twin(pipeline: Any) -> Any:

@@ -17,7 +17,7 @@ from ..errors import ConfigError
 from ..mesh import Mesh
 
 BUNDLED_PROMPTS = Path(__file__).parent / "prompts.txt"
-BUNDLED_GUIDANCE, GUIDANCE = 2.5, 5.0  # of the bundled model, of others
+BUNDLED_GUIDANCE, GUIDANCE = 2.5, 5.0  # of the bundled model, of other U-Nets
 _SAMPLE = 1 << 20  # bytes at each end of a file that its fingerprint reads
 
 
@@ -137,7 +137,7 @@ class Plan:
     cases: tuple[Case, ...]
     height: int | None = None  # pixels; None: the model's own
     width: int | None = None
-    guidance_scale: float = GUIDANCE
+    guidance_scale: float | None = GUIDANCE  # None: the pipeline's own
     seed: int = 0
     batch: int = 1  # prompts that are painted together
     dtype: str = "float32"
@@ -149,9 +149,11 @@ class Plan:
         Raises:
             ConfigError: it cannot, with what would be right.
         """
+        if self.checkpoint.sizes.is_video:
+            raise ConfigError(f"{self.checkpoint.pipeline} makes videos, and a comparison measures pictures")
         for case in self.cases:
             check_size(self.checkpoint, case.config, Mesh.fit(case.config, case.world), self.height, self.width)
-        if not isfinite(self.guidance_scale):
+        if self.guidance_scale is not None and not isfinite(self.guidance_scale):
             raise ConfigError(f"guidance_scale={self.guidance_scale} must be a number")
         if self.batch < 1:
             raise ConfigError(f"batch={self.batch} must be a whole number of at least 1")
@@ -214,9 +216,14 @@ def read_prompts(
     return tuple(prompts[:limit])
 
 
-def default_guidance(model: str | None) -> float:
-    """The strength of guidance for a model that none was named for; None is the bundled one."""
-    return BUNDLED_GUIDANCE if model is None else GUIDANCE
+def default_guidance(model: str | None, checkpoint: Checkpoint) -> float | None:
+    """The strength of guidance for a model that none was named for.
+
+    ``model`` None is the bundled one. Pipelines of transformers have strengths of their own, which is None.
+    """
+    if model is None:
+        return BUNDLED_GUIDANCE
+    return GUIDANCE if checkpoint.denoiser == "unet" else None
 
 
 def fingerprint(folder: Path) -> str:

@@ -117,10 +117,10 @@ def title_of(settings: Mapping[str, Any]) -> str:
         reference, other = (Path(folder).name for folder in settings["folders"])
         return f"{other} against {reference}"
     size = f"{settings['width']} x {settings['height']}" if settings["height"] else "the model's own size"
-    return (
-        f"{settings['model']}, {size}, guidance {settings['guidance_scale']:g}, seeds from {settings['seed']}, "
-        f"{settings['dtype']}"
-    )
+    guidance = "the model's own guidance"
+    if settings["guidance_scale"] is not None:
+        guidance = f"guidance {settings['guidance_scale']:g}"
+    return f"{settings['model']}, {size}, {guidance}, seeds from {settings['seed']}, {settings['dtype']}"
 
 
 def _mean(values: Sequence[float | None]) -> float | None:

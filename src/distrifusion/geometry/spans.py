@@ -43,12 +43,12 @@ class Split:
     origin: int = 0
 
     @classmethod
-    def even(cls, size: int, num_patches: int, unit: int = 1) -> Split:
+    def even(cls, size: int, num_patches: int, unit: int = 1, what: str = "rows of latent") -> Split:
         """Patches as equal as possible. See `weighted`."""
-        return cls.weighted(size, (1.0,) * num_patches, unit)
+        return cls.weighted(size, (1.0,) * num_patches, unit, what)
 
     @classmethod
-    def weighted(cls, size: int, weights: tuple[float, ...], unit: int = 1) -> Split:
+    def weighted(cls, size: int, weights: tuple[float, ...], unit: int = 1, what: str = "rows of latent") -> Split:
         """Patches in proportion to ``weights``, on multiples of ``unit`` (a power of two) where that costs no balance.
 
         With weights that are speeds, no other split of whole units lets the slowest patch end sooner; each patch has
@@ -60,14 +60,14 @@ class Split:
             size: rows in all.
             weights: one for each patch, positive.
             unit: rows.
+            what: what messages call the rows.
 
         Raises:
             ConfigError: fewer rows than patches; says the largest world.
         """
         if size < len(weights):
             raise ConfigError(
-                f"{size} rows of latent cannot be split over {len(weights)} ranks: "
-                f"the largest world for this picture is {size}"
+                f"{size} {what} cannot be split over {len(weights)} ranks: the largest world for this picture is {size}"
             )
         return cls(_bounds(size, weights, unit))
 

@@ -31,10 +31,10 @@ class Frame:
     """
 
     patch: int  # this rank's patch
-    dim: int  # the split dim of [B, C, H, W]: 2 rows, 3 cols
+    dim: int  # the split dim of [B, frames, H, W]: 1 frames, 2 rows, 3 cols
     levels: Levels
     exchange: Exchange
-    num_frames: int = 1  # of a video; they share the split
+    third: int = 1  # the side beside the split one and across: frames of tokens, or rows where the frames are split
     num_guests: int = 0  # tokens of further pictures, which stand right after the picture's own and are never cut
     ragged: Ragged | None = None  # set by the entry of a model whose samples have texts of several lengths
     context_window: float | None = None  # see ParallelConfig: which keys a patch's queries see
@@ -60,7 +60,13 @@ class Frame:
 
     def num_tokens(self, level: int) -> list[int]:
         """Tokens of each patch at ``level``."""
-        return [self.num_frames * rows * self.levels.across[level] for rows in self.levels.splits[level].sizes]
+        return [self.third * rows * self.levels.across[level] for rows in self.levels.splits[level].sizes]
+
+    def shape(self, level: int, owned: int) -> tuple[int, int, int]:
+        """Frames, rows and columns at ``level`` where there are ``owned`` of what is split."""
+        if self.dim == 1:
+            return owned, self.third, self.levels.across[level]
+        return self.third, *self.sides(level, owned)
 
     def sides(self, level: int, rows: int) -> tuple[int, int]:
         """Height and width of ``rows`` rows (or columns) at ``level``."""

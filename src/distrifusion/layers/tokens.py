@@ -152,9 +152,9 @@ class PatchExit(Layer):
         frame, split = self.frame, self.frame.split(TOKENS)
         sizes = frame.num_tokens(TOKENS)
         own, joined = self._tokens.parts(out, sizes[frame.patch], frame)
-        whole = own.new_zeros(own.shape[0], frame.num_frames, *frame.sides(TOKENS, split.size), own.shape[2])
-        # [B, frames, rows, cols, C]: its dims 2 and 3 are ours
-        own = own.reshape(len(own), frame.num_frames, *frame.sides(TOKENS, split.sizes[frame.patch]), own.shape[2])
+        whole = own.new_zeros(own.shape[0], *frame.shape(TOKENS, split.size), own.shape[2])
+        # [B, frames, rows, cols, C]: its dims 1, 2 and 3 are ours
+        own = own.reshape(len(own), *frame.shape(TOKENS, split.sizes[frame.patch]), own.shape[2])
         put_rows(whole, own, split.place(frame.patch), frame.dim)
         if frame.ragged is not None:
             frame.ragged.lengths[:] = [start + sum(sizes) for start in frame.ragged.starts]
@@ -165,7 +165,8 @@ class PatchSides(Layer):
     """A block over own tokens that is told sizes of the picture in tokens: it gets the patch's.
 
     A block that lays the tokens out in rows ``[B, C, rows, W]``, for a convolution, asks for ``height`` and ``width``;
-    one that treats the first frame of a video in a way of its own asks for the ``num_tokens`` of a frame.
+    one that treats the first frame of a video in a way of its own asks for its ``num_tokens``, which are none where
+    another rank has that frame.
     """
 
     def __init__(self, module: nn.Module, key: str, holder: FrameHolder) -> None:
@@ -180,9 +181,10 @@ class PatchSides(Layer):
 
     def _forward(self, *args: Any, **kwargs: Any) -> Any:
         frame, given = self.frame, list(args)
-        own = frame.split(TOKENS).sizes[frame.patch]
-        height, width = frame.sides(TOKENS, own)
-        sizes = {"height": height, "width": width, "num_tokens": height * width}
+        own = frame.split(TOKENS).span(frame.patch)
+        _, height, width = frame.shape(TOKENS, len(own))
+        has_first = frame.dim != 1 or own.start == 0
+        sizes = {"height": height, "width": width, "num_tokens": height * width if has_first else 0}
         for name, position in self._told:
             if position < len(given):
                 given[position] = sizes[name]
@@ -202,7 +204,7 @@ def own_tokens(x: Any, tokens: Tokens, frame: Frame) -> Any:
     if not isinstance(x, Tensor):
         return x
     split, dim = frame.split(TOKENS), tokens.dim % x.ndim
-    shape = (frame.num_frames, *frame.sides(TOKENS, split.size))
+    shape = frame.shape(TOKENS, split.size)
     if tokens.is_map:
         if tuple(x.shape[dim : dim + 3]) != shape:
             raise UnsupportedModel(f"a map of {tuple(x.shape[dim : dim + 3])} tokens is not one of {shape}")

@@ -88,10 +88,11 @@ odd sizes; displaced with a held input equals sync: tests/test_unet_exact.py"
 CHECKED_WITH = "0.42.1"
 """The release of diffusers that the tests ran with."""
 
-_TRANSFORMERS = (
-    "sync equals one device (relative L2 <= 1e-5, float32) at worlds 2, 3, 4, 5, rows and columns, batch 1 and 2, \
-uneven rows of tokens; displaced with a held input equals sync; cfg=2 at 2 and 4: tests/test_transformers.py"
-)
+_TRANSFORMERS = """\
+sync equals one device (relative L2 <= 1e-5, float32) at worlds 2, 3, 4, 5, rows and columns, batch 1 and 2, uneven \
+rows of tokens; displaced with a held input equals sync; cfg=2 at 2 and 4: tests/test_transformers.py; videos by \
+frames at 2 to 5: tests/test_transformers_video.py; final latents of whole pipelines, sync and displaced in warm-up, \
+worlds 2 and 3, cfg=2: tests/test_pipelines_cross.py, tests/test_pipelines_joint.py, tests/test_pipelines_video.py"""
 
 
 _VAES = {
@@ -121,6 +122,7 @@ def supported() -> list[dict[str, Any]]:
                 "cfg=2: a batch is halved, two calls per step run at the same time",
                 "LoRA (checked on FLUX.1 and Sana)",
                 "attention processors and backends",
+                *(["split by frames"] if plan.frames is not None else []),
             ],
             "checked": _TRANSFORMERS,
         }

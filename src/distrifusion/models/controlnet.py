@@ -32,6 +32,7 @@ class ControlNetTable:
     gathers = False
     has_window = True
     has_positions = False
+    has_frames = False
 
     def __init__(self, model: Any) -> None:
         self.model = model
@@ -42,7 +43,7 @@ class ControlNetTable:
         """See Table."""
         return call.sample.shape[2], call.sample.shape[3]
 
-    def num_frames(self, call: Call) -> int:
+    def third(self, call: Call, dim: int) -> int:
         """See Table."""
         return 1
 
@@ -50,7 +51,7 @@ class ControlNetTable:
         """See Table."""
         return 0
 
-    def levels(self, height: int, width: int, weights: tuple[float, ...], dim: int) -> Levels:
+    def levels(self, height: int, width: int, weights: tuple[float, ...], dim: int, frames: int = 1) -> Levels:
         """See Table."""
         return levels_of(self.model, height, width, weights, dim)
 

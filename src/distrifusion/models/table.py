@@ -19,12 +19,15 @@ from ..layers import Frame, FrameHolder, Layer
 class Call:
     """One call of a denoiser, its arguments by name. ``sample`` is the whole latent ``[B, C, H, W]``.
 
-    ``lists`` names arguments that are lists with an item for each picture of the batch.
+    ``lists`` names arguments that are lists with an item for each picture of the batch, ``several`` tensors that hold
+    as many rows for each, one picture's after the other's, and ``shared`` what is not of single pictures at all.
     """
 
     arguments: dict[str, Any]
     sample_name: str = "sample"
     lists: tuple[str, ...] = ()
+    several: tuple[str, ...] = ()
+    shared: tuple[str, ...] = ("cross_attention_kwargs",)  # masks by IP-Adapter, of which there may be as many
 
     @property
     def sample(self) -> Tensor:
@@ -44,9 +47,12 @@ class Call:
             items = self.arguments.get(name)
             if isinstance(items, list) and len(items) == batch:
                 taken[name] = items[span.start : span.stop]
-        attention = self.arguments.get("cross_attention_kwargs")
-        if attention:  # IP-Adapter's masks are by adapter, of which there may be as many as pictures
-            taken["cross_attention_kwargs"] = attention
+        for name in self.several:
+            rows = self.arguments.get(name)
+            if isinstance(rows, Tensor):
+                count = rows.shape[0] // batch
+                taken[name] = rows[count * span.start : count * span.stop]
+        taken.update({name: self.arguments[name] for name in self.shared if name in self.arguments})
         return replace(self, arguments=taken)
 
 
@@ -63,22 +69,25 @@ class Table(Protocol):
     has_positions: bool
     """Whether it knows where in the picture it is, so that the picture's ends cannot meet."""
 
+    has_frames: bool
+    """Whether it makes videos, which may be split along their frames."""
+
     def size(self, call: Call) -> tuple[int, int]:
         """Height and width of the call's picture, in latent rows."""
         ...
 
-    def num_frames(self, call: Call) -> int:
-        """Frames of a video; a picture has one."""
+    def third(self, call: Call, dim: int) -> int:
+        """The side of the call's tokens that is neither split along ``dim`` nor across, see Frame. 1 for a picture."""
         ...
 
     def num_guests(self, call: Call) -> int:
         """Tokens of further pictures to look at, which stand right after those of the call's picture."""
         ...
 
-    def levels(self, height: int, width: int, weights: tuple[float, ...], dim: int) -> Levels:
-        """The splits of a latent of ``height`` x ``width`` along ``dim`` (2 rows, 3 cols) at every level.
+    def levels(self, height: int, width: int, weights: tuple[float, ...], dim: int, frames: int = 1) -> Levels:
+        """The splits of a latent of ``height`` x ``width`` along ``dim`` (1 frames, 2 rows, 3 cols) at every level.
 
-        ``weights`` has one number for each patch, to which its rows are in proportion.
+        ``weights`` has one number for each patch, to which its rows are in proportion; ``frames`` are those of tokens.
 
         Raises:
             ConfigError: a size that the model cannot take, or fewer rows than patches.
@@ -113,11 +122,14 @@ class Table(Protocol):
         ...
 
     def fold(self, output: Any, call: Call, frame: Frame) -> Tensor:
-        """Own rows ``[B, C, rows, W]`` of the prediction, from what the model returned first."""
+        """Own rows ``[B, C, rows, W]`` of the prediction, from what the model returned first; the split dim is
+
+        ``frame.dim``, so that own frames are ``[B, frames, C, H, W]``.
+        """
         ...
 
     def unfold(self, whole: Tensor, like: Any) -> Any:
-        """The whole prediction ``[B, C, H, W]`` in the form of what the model returns, ``like`` one it returned."""
+        """The whole prediction, of what `fold` gave, in the form of what the model returns, ``like`` one of these."""
         ...
 
     def finish(self, result: Any, frame: Frame) -> Any:

@@ -50,6 +50,14 @@ class Grid:
 
 
 @dataclass(frozen=True)
+class Frames:
+    """Frames of a video's latents: ``patch`` of them behind a frame of tokens; along ``dim`` of latents of five."""
+
+    patch: Callable[[Any], int]
+    dim: int = 2
+
+
+@dataclass(frozen=True)
 class Plan:
     """What one class of transformers is made of. Module names are patterns, as of a shell; none reaches over a dot.
 
@@ -65,7 +73,10 @@ class Plan:
         inputs: modules that are given something about all tokens among their arguments by name.
         sample: the argument that holds the latents.
         lists: arguments that are lists with an item for each picture of the batch.
+        several: arguments that hold several rows for each picture of the batch, one picture's after the other's.
+        shared: arguments that are not of single pictures, and might be taken for it where there are as many of them.
         patch: rows of a latent behind a row of tokens; 1 where the latents come as tokens.
+        frames: of a model of videos, how its latents hold them; None: it makes pictures.
         sums: linear attentions over image tokens, and the processors that may be theirs: see PatchLinearAttention.
         convs: convolutions over tokens in rows.
         sides: blocks that are told sizes of the picture in tokens: see PatchSides.
@@ -88,7 +99,10 @@ class Plan:
     inputs: Mapping[str, Mapping[str, Tokens]] = field(default_factory=dict)
     sample: str = "hidden_states"
     lists: tuple[str, ...] = ()
+    several: tuple[str, ...] = ()
+    shared: tuple[str, ...] = ()
     patch: Callable[[Any], int] = field(default=lambda model: int(model.config.patch_size))
+    frames: Frames | None = None
     sums: Mapping[str, tuple[type, ...]] = field(default_factory=dict)
     convs: tuple[str, ...] = ()
     sides: tuple[str, ...] = ()
@@ -110,6 +124,7 @@ class TransformerTable:
         self.model = model
         self.fingerprint = Fingerprint(model)
         self._plan = plan
+        self.has_frames = plan.frames is not None
         self._forward = type(model).forward
 
     def size(self, call: Call) -> tuple[int, int]:
@@ -117,27 +132,26 @@ class TransformerTable:
         grid, patch = self._plan.grid(self.model, call), self._plan.patch(self.model)
         return grid.rows * patch, grid.cols * patch
 
-    def num_frames(self, call: Call) -> int:
+    def third(self, call: Call, dim: int) -> int:
         """See Table."""
-        return self._plan.grid(self.model, call).frames
+        grid = self._plan.grid(self.model, call)
+        return grid.rows if dim == 1 else grid.frames
 
     def num_guests(self, call: Call) -> int:
         """See Table."""
         return self._plan.grid(self.model, call).guests
 
-    def levels(self, height: int, width: int, weights: tuple[float, ...], dim: int) -> Levels:
+    def levels(self, height: int, width: int, weights: tuple[float, ...], dim: int, frames: int = 1) -> Levels:
         """See Table. Level 0 is the latent's, level 1 that of its tokens."""
-        patch = self._plan.patch(self.model)
-        along, across = (height, width) if dim == 2 else (width, height)
-        if along // patch < len(weights):
-            what = "rows" if dim == 2 else "columns"
-            raise ConfigError(
-                f"{along // patch} {what} of tokens cannot be split over {len(weights)} ranks: "
-                f"the largest world for this picture is {along // patch}"
-            )
-        tokens = Split.weighted(along // patch, weights)
-        latents = Split(tuple(patch * bound for bound in tokens.bounds))
-        return Levels((latents, tokens), (across, across // patch), (patch,))
+        patch = unit = self._plan.patch(self.model)
+        along, across = (width, height) if dim == 3 else (height, width)
+        num_rows, what = along // patch, "columns of tokens" if dim == 3 else "rows of tokens"
+        if dim == 1:
+            assert self._plan.frames is not None, "split='frames' is refused for pictures"
+            num_rows, unit, what = frames, self._plan.frames.patch(self.model), "frames of tokens"
+        tokens = Split.weighted(num_rows, weights, what=what)
+        latents = Split(tuple(unit * bound for bound in tokens.bounds))
+        return Levels((latents, tokens), (across, across // patch), (unit,))
 
     def layers(self, holder: FrameHolder) -> Iterator[Layer]:
         """See Table."""
@@ -177,7 +191,8 @@ class TransformerTable:
 
     def bind(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Call:
         """See Table."""
-        call = Call(bind(self._forward, self.model, args, kwargs), self._plan.sample, self._plan.lists)
+        plan, arguments = self._plan, bind(self._forward, self.model, args, kwargs)
+        call = Call(arguments, plan.sample, plan.lists, plan.several, plan.shared)
         samples = call.arguments[self._plan.sample]
         if isinstance(samples, list | tuple):
             call = call.having(**{self._plan.sample: _stacked(samples)})
@@ -205,9 +220,10 @@ class TransformerTable:
         split = frame.split(TOKENS)
         if whole.ndim == 3:
             image = whole[:, : sum(frame.num_tokens(TOKENS))]
-            sides = frame.num_frames, *frame.sides(TOKENS, split.size)
-            whole = torch.unflatten(image.transpose(1, 2), 2, sides)
-        if whole.ndim == 5:
+            whole = torch.unflatten(image.transpose(1, 2), 2, frame.shape(TOKENS, split.size))
+        if frame.dim == 1:
+            whole = whole if self._has_frames_first(output) else whole.transpose(1, 2)
+        elif whole.ndim == 5:
             whole = whole.flatten(1, 2)
         return frame.own(LATENTS, whole)
 
@@ -215,9 +231,15 @@ class TransformerTable:
         """See Table. What the model predicts for guests is left out, as pipelines have no use for it."""
         if isinstance(like, list):
             return list(self.unfold(whole, like[0][None]))
+        if whole.ndim == 5:  # split by frames, which stand first here
+            whole = (whole if self._has_frames_first(like) else whole.transpose(1, 2)).flatten(1, 2)
         if like.ndim == 3:
             return whole.flatten(2).view(len(whole), like.shape[2], -1).transpose(1, 2).contiguous()
         return torch.unflatten(whole, 1, like.shape[1:3]) if like.ndim == 5 else whole
+
+    def _has_frames_first(self, output: Tensor) -> bool:
+        """Whether the model's output is of ``[B, frames, C, H, W]``, and not of ``[B, C, frames, H, W]``."""
+        return output.ndim == 5 and self._plan.frames is not None and self._plan.frames.dim == 1
 
     def finish(self, result: Any, frame: Frame) -> Any:
         """See Table."""

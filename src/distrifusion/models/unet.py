@@ -31,6 +31,7 @@ class UNetTable:
     gathers = True
     has_window = True
     has_positions = False
+    has_frames = False
 
     def __init__(self, model: Any) -> None:
         self.model = model
@@ -45,7 +46,7 @@ class UNetTable:
         """See Table."""
         return call.sample.shape[2], call.sample.shape[3]
 
-    def num_frames(self, call: Call) -> int:
+    def third(self, call: Call, dim: int) -> int:
         """See Table."""
         return 1
 
@@ -53,7 +54,7 @@ class UNetTable:
         """See Table."""
         return 0
 
-    def levels(self, height: int, width: int, weights: tuple[float, ...], dim: int) -> Levels:
+    def levels(self, height: int, width: int, weights: tuple[float, ...], dim: int, frames: int = 1) -> Levels:
         """See Table."""
         unit = 2 ** len(downsampling_windows(self.model)[0])
         if self._only_doubles and (height % unit or width % unit):

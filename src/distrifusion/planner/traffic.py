@@ -13,6 +13,7 @@ from functools import cached_property
 from math import ceil, prod
 
 from ..config import ParallelConfig
+from ..errors import ConfigError
 from ..geometry import Levels, Window
 
 PROBES = 64  # latents that travel with the prediction, to tell ranks whose noise differs
@@ -116,7 +117,12 @@ def traffic(
         batch: of one call, both branches of guidance included. Where ``cfg=2`` halves it, it is even; a batch of one
             with ``cfg=2`` is computed by both halves, as long as one call per step is made.
         step: of the picture.
+
+    Raises:
+        ConfigError: a split by frames, which is not known here.
     """
+    if config.split == "frames":
+        raise ConfigError("split='frames' is not counted here: use 'rows' or 'cols'")
     num_patches = levels.splits[0].num_patches
     share = batch // config.cfg if batch >= config.cfg else batch
     said = Traffic()

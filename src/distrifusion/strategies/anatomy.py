@@ -41,9 +41,9 @@ def anatomy_of(model: nn.Module, *args: Any, **kwargs: Any) -> Anatomy:
     layers = list(table.layers(holder))
     noting = _Noting(layers, call.sample.shape[0])
     frame = Frame(
-        0, 2, table.levels(*table.size(call), (1.0,), 2), noting, table.num_frames(call), table.num_guests(call)
+        0, 2, table.levels(*table.size(call), (1.0,), 2), noting, table.third(call, 2), table.num_guests(call)
     )
-    noting.num_frames = frame.num_frames
+    noting.num_frames = frame.third
     with ExitStack() as attached, torch.no_grad():
         for layer in layers:
             layer.attach()

@@ -26,6 +26,7 @@ from .agreement import check_call, check_latents, probe
 from .balance import Balance
 from .base import State
 from .compiling import Compiling
+from .condition import SharedCondition
 from .guidance import Guidance, Halves
 from .independent import blended
 from .pairs import Pairs, Ran
@@ -33,6 +34,8 @@ from .pictures import Pictures
 from .rows import Rows, Sharing
 
 T = TypeVar("T")
+
+_DIMS = {"frames": 1, "rows": 2, "cols": 3}  # of what tables fold a prediction to
 
 
 class ParallelDenoiser:
@@ -48,6 +51,7 @@ class ParallelDenoiser:
         balance: the rows of each rank, which it has in common with its feeders; None: one of its own.
         feeders: models that run before this one in each step and leave their outputs to it in patches, such as
             ControlNets. They are reported, reset and detached with it.
+        conditions: of models that run whole on every rank, which are attached and detached with it.
         notes: what the report is to say beside the numbers.
         wrapper: see `Compiling`.
 
@@ -66,6 +70,7 @@ class ParallelDenoiser:
         guidance: Guidance | None = None,
         balance: Balance | None = None,
         feeders: Sequence[ParallelDenoiser] = (),
+        conditions: Sequence[SharedCondition] = (),
         notes: Sequence[str] = (),
         wrapper: Any = None,
     ) -> None:
@@ -78,6 +83,10 @@ class ParallelDenoiser:
                 f"topology={config.topology!r}: {type(table.model).__name__} knows the position of each part of a "
                 "picture, so that its ends do not meet; known for U-Nets only"
             )
+        if config.split == "frames" and not table.has_frames:
+            raise UnsupportedModel(
+                f"split='frames' is for models of videos, not for {type(table.model).__name__}: use 'rows' or 'cols'"
+            )
         self._table = table
         self._config = config
         self._comm = comm
@@ -85,6 +94,7 @@ class ParallelDenoiser:
         self._guidance = guidance if guidance is not None else Guidance(self._mesh, comm)
         self._balance = balance if balance is not None else Balance(config, self._mesh, comm)
         self._feeders = tuple(feeders)
+        self._conditions = tuple(conditions)
         self._notes = list(notes)
         self._cost = Cost()  # of a feeder, until it is asked for
         self._strategy = strategy_for(config, self._guidance.patches)
@@ -92,7 +102,7 @@ class ParallelDenoiser:
         self._layers = Attached()
         self._pictures = Pictures(self._strategy, timesteps)
         self._timesteps = timesteps
-        self._dim = 2 if config.split == "rows" else 3
+        self._dim = _DIMS[config.split]
         has_halves = self._mesh.size("cfg") > 1 and not self._feeders
         branch = self._guidance.branch if has_halves else None
         start = self._strategy.start
@@ -117,6 +127,8 @@ class ParallelDenoiser:
         self._outer: Callable[..., Any] = torch.compiler.disable(forward)  # type: ignore[no-untyped-call]
         self._is_detached = False
         self.model.forward = self._outer
+        for condition in self._conditions:
+            condition.attach()
 
     @property
     def model(self) -> nn.Module:
@@ -154,11 +166,17 @@ class ParallelDenoiser:
             return
         self._is_detached = True
         self._pictures.forget()
+        for condition in self._conditions:
+            condition.detach()
         self._layers.detach()
         if self._previous is None:
             del self.model.forward
         else:
             self.model.forward = self._previous
+
+    def is_of(self, mark: Any) -> bool:
+        """Whether the last call was of the picture with these timesteps."""
+        return self._pictures.mark is mark
 
     def reset(self) -> None:
         """Start a new picture at the next call."""
@@ -272,16 +290,17 @@ class ParallelDenoiser:
     def _levels(self, call: Call, weights: tuple[float, ...] | None = None) -> Levels:
         """The rows of all ranks at every level, by ``weights``; None: by the present ones."""
         size, (rows, cols) = self._table.size(call), self._config.rings
-        levels = self._table.levels(*size, weights or self._balance.weights(size), self._dim)
+        frames = self._table.third(call, 2)
+        levels = self._table.levels(*size, weights or self._balance.weights(size), self._dim, frames)
         return levels.ring(*((rows, cols) if self._dim == 2 else (cols, rows))) if rows or cols else levels
 
     def _frame(self, call: Call, picture: Levels, exchange: Exchange, memory: dict[str, Any]) -> Frame:
         place, window = self._mesh.coordinate(self._comm.rank, "patch"), self._config.context_window
-        num_frames, num_guests = self._table.num_frames(call), self._table.num_guests(call)
+        third, num_guests = self._table.third(call, self._dim), self._table.num_guests(call)
         patch, levels = place, picture
         if self._moved is not None:
             patch, levels = 0, picture.alone(self._moved.window(place))
-        return Frame(patch, self._dim, levels, exchange, num_frames, num_guests, context_window=window, memory=memory)
+        return Frame(patch, self._dim, levels, exchange, third, num_guests, context_window=window, memory=memory)
 
     def _moves(self, call: Call, state: State, split: Split, is_fed: bool) -> Moved | None:
         """Where the patches of this step lie, if each stands alone.

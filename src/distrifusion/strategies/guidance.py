@@ -37,7 +37,9 @@ class Guidance:
     def gather(
         self, own: Tensor, extra: Tensor, batch: int, split: Split, dim: int, halves: Halves = None
     ) -> Pending[tuple[Tensor, list[Tensor]]]:
-        """The whole prediction ``[batch, C, H, W]`` from the own, and everyone's ``extra`` ``[n]``. One message.
+        """The whole prediction, ``[batch, C, H, W]`` or as `Table.fold` has it, and everyone's ``extra`` ``[n]``.
+
+        Made of the own part of it, in one message.
 
         ``halves`` are the branches whose ranks have a prediction of the batch, if these are not what `share` says: the
         result is theirs, one after the other, and what another rank gives as its own counts for its shape only.

@@ -31,15 +31,15 @@ class Pictures:
 
     A picture starts when the scheduler has new timesteps (``set_timesteps`` makes a new tensor) or when the model
     changes. Within a picture, calls with the same conditioning, size, batch and dtype are one branch, but two calls
-    with one and the same timestep of the scheduler are two: views of a panorama, say. A bare denoiser has no
-    scheduler: there a new conditioning or size starts a picture, without conditioning a timestep that rises; else its
-    user calls ``reset``.
+    with one and the same timestep of the scheduler are two: views of a panorama, say. The same conditioning is the same
+    tensor or, at another timestep, an equal one. A bare denoiser has no scheduler: there a new conditioning or size
+    starts a picture, without conditioning a timestep that rises; else its user calls ``reset``.
     """
 
     def __init__(self, strategy: Strategy, timesteps: Callable[[], Any]) -> None:
         self._strategy = strategy
         self._timesteps = timesteps
-        self._mark: Any = None
+        self.mark: Any = None  # the timesteps of the last call's picture
         self._fingerprint: Any = None
         self._branches: list[_Branch] = []
         self._is_running = False
@@ -47,17 +47,21 @@ class Pictures:
     def state(self, call: Call, conditioning: Any, fingerprint: Any) -> tuple[State, bool]:
         """The state of the call's branch, and whether the call starts a picture."""
         mark = self._timesteps()
-        if mark is not self._mark or fingerprint != self._fingerprint:
+        if mark is not self.mark or fingerprint != self._fingerprint:
             self.reset()
-        self._mark, self._fingerprint = mark, fingerprint
+        self.mark, self._fingerprint = mark, fingerprint
         shape, dtype, timestep = call.sample.shape, call.sample.dtype, call.arguments.get("timestep")
         time = _on_host(timestep) if _is_none(conditioning) else None
-        for branch in self._branches:
+        alike = [branch for branch in self._branches if (branch.shape, branch.dtype) == (shape, dtype)]
+        for branch in alike:
             rises = time is not None and branch.time is not None and time > branch.time
             is_used = mark is not None and isinstance(timestep, torch.Tensor) and branch.timestep is timestep
-            fits = (branch.shape, branch.dtype) == (shape, dtype) and _is_same(branch.conditioning, conditioning)
-            if fits and not rises and not is_used:
+            if _is_same(branch.conditioning, conditioning) and not rises and not is_used:
                 branch.timestep, branch.time = timestep, time
+                return branch.state, False
+        for branch in alike if mark is not None else ():
+            if _is_recast(branch, conditioning, timestep):
+                branch.conditioning, branch.timestep = conditioning, timestep
                 return branch.state, False
         # Without a scheduler, a branch that appears after the others have made more than a step is another picture's.
         if mark is None and all(branch.state.step != 1 for branch in self._branches):
@@ -106,6 +110,24 @@ def _is_same(one: Any, other: Any) -> bool:
         return False
     # The branch holds its tensor, so that no other can have come to lie in its place.
     return (one.data_ptr(), one.shape, one.stride()) == (other.data_ptr(), other.shape, other.stride())
+
+
+def _is_recast(branch: _Branch, conditioning: Any, timestep: Any) -> bool:
+    """Whether a call of another timestep has equal conditioning in other memory.
+
+    So it is with pipelines that cast the text at every step, as Sana's where its encoder has another dtype. On an
+    accelerator the host waits for it, as it would for the synchronous step that it is spared.
+    """
+    return not _is_equal(branch.timestep, timestep) and _is_equal(branch.conditioning, conditioning)
+
+
+def _is_equal(one: Any, other: Any) -> bool:
+    if isinstance(one, tuple) and isinstance(other, tuple):
+        return len(one) == len(other) and all(_is_equal(a, b) for a, b in zip(one, other, strict=True))
+    if isinstance(one, torch.Tensor) and isinstance(other, torch.Tensor):
+        is_alike = (one.shape, one.dtype, one.device) == (other.shape, other.dtype, other.device)
+        return is_alike and torch.equal(one, other)
+    return type(one) is type(other) and bool(one == other)
 
 
 def _is_none(conditioning: Any) -> bool:

@@ -133,7 +133,7 @@ class _ParallelHalf(Layer):
     ) -> None:
         super().__init__(half.module, f"{half.kind}r", FrameHolder())
         self._half, self._comm, self._record = half, comm, record
-        self._dim = 2 if config.split == "rows" else 3
+        self._dim = 3 if config.split == "cols" else 2  # rows where a video's denoiser is split by frames
         self._layers = Attached()
         self._forward = torch.compiler.disable(self._run)  # type: ignore[no-untyped-call]
 

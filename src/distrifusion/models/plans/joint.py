@@ -103,6 +103,22 @@ JOINT = (
         patch=lambda model: 1,
     ),
     Plan(
+        diffusers.OvisImageTransformer2DModel,
+        ("Ovis-Image",),
+        seams=_FLUX_SEAMS,
+        grid=of_positions("img_ids"),
+        cuts=_FLUX_CUTS,
+        patch=lambda model: 1,
+    ),
+    Plan(
+        diffusers.LongCatImageTransformer2DModel,
+        ("LongCat-Image", "LongCat-Image-Edit"),
+        seams=_FLUX_SEAMS,
+        grid=of_positions("img_ids"),
+        cuts=_FLUX_CUTS,
+        patch=lambda model: 1,
+    ),
+    Plan(
         diffusers.Flux2Transformer2DModel,
         ("FLUX.2",),
         seams=_FLUX_SEAMS,

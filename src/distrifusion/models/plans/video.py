@@ -1,4 +1,4 @@
-"""Transformers of videos: tokens of all frames in one sequence, split by the rows or columns of every frame."""
+"""Transformers of videos: tokens of all frames in one sequence, split by frames, or by the rows or columns of each."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import diffusers
 from ...errors import ConfigError, UnsupportedModel
 from ...layers.tokens import Tokens
 from ..table import Call
-from ..transformer import Grid, Plan
+from ..transformer import Frames, Grid, Plan
 
 
 def _patches(model: Any) -> tuple[int, int]:
@@ -25,6 +25,10 @@ def _patches(model: Any) -> tuple[int, int]:
 
 def _rows_of_patch(model: Any) -> int:
     return _patches(model)[1]
+
+
+def _frames_of_patch(model: Any) -> int:
+    return _patches(model)[0]
 
 
 def _of_video(model: Any, call: Call) -> Grid:
@@ -86,6 +90,25 @@ VIDEO: tuple[Plan, ...] = (
         cuts={"timestep": Tokens()},
         grid=_of_video,
         patch=_rows_of_patch,
+        frames=Frames(_frames_of_patch),
+        several=("encoder_hidden_states_image",),  # a first and a last image
+        conditions=("encoder_hidden_states", "encoder_hidden_states_image"),
+    ),
+    Plan(
+        diffusers.WanVACETransformer3DModel,
+        ("Wan 2.1 VACE",),
+        entries={
+            "rope": Tokens(),
+            "patch_embedding": Tokens(2, is_map=True),
+            "vace_patch_embedding": Tokens(2, is_map=True),
+        },
+        seams={"blocks.*.attn1": "last", "vace_blocks.*.attn1": "last"},
+        texts=("blocks.*.attn2", "vace_blocks.*.attn2"),
+        grid=_of_video,
+        patch=_rows_of_patch,
+        frames=Frames(_frames_of_patch),
+        several=("encoder_hidden_states_image",),
+        shared=("control_hidden_states_scale",),
         conditions=("encoder_hidden_states", "encoder_hidden_states_image"),
     ),
     Plan(
@@ -98,6 +121,7 @@ VIDEO: tuple[Plan, ...] = (
         cuts={"timestep": Tokens()},
         grid=_of_arguments,
         patch=lambda model: 1,
+        frames=Frames(lambda model: 1),
     ),
     Plan(
         diffusers.CogVideoXTransformer3DModel,
@@ -107,6 +131,7 @@ VIDEO: tuple[Plan, ...] = (
         cuts={"image_rotary_emb": Tokens(0)},
         grid=_of_frames,
         patch=_rows_of_patch,
+        frames=Frames(_frames_of_patch, dim=1),
     ),
     Plan(
         diffusers.HunyuanVideoTransformer3DModel,
@@ -117,6 +142,7 @@ VIDEO: tuple[Plan, ...] = (
         texts=("context_embedder.token_refiner.refiner_blocks.*.attn",),
         grid=_of_video,
         patch=_rows_of_patch,
+        frames=Frames(_frames_of_patch),
         conditions=("encoder_hidden_states", "pooled_projections"),
     ),
 )
