@@ -12,8 +12,9 @@ from .errors import ConfigError
 StrategyName = Literal["sync", "displaced", "naive", "shifted", "pipelined", "tensor"]
 SplitDim = Literal["rows", "cols"]
 GroupNormMode = Literal["corrected", "carried", "stale", "separate", "sync"]
+StageCost = Literal["counted", "measured"]
 
-BUILT: tuple[StrategyName, ...] = ("sync", "displaced", "naive")
+BUILT: tuple[StrategyName, ...] = ("sync", "displaced", "naive", "pipelined")
 """Strategies that this release runs; the other names are reserved and refused with a line that says so."""
 
 CODECS = ("fp16", "bf16", "int8", "int4", "int2", "1bit")
@@ -29,11 +30,15 @@ class ParallelConfig:
 
     Args:
         strategy: ``"sync"`` is exact, ``"displaced"`` reuses the previous step's features of the peers
-            (DistriFusion, arXiv 2402.19481), ``"naive"`` exchanges nothing inside the denoiser (the baseline).
+            (DistriFusion, arXiv 2402.19481), ``"naive"`` exchanges nothing inside the denoiser (the baseline),
+            ``"pipelined"`` cuts the model over its depth: each rank computes one stage of it, from what the other
+            stages made in the step before (AsyncDiff, arXiv 2406.06911).
         cfg: 2 runs the conditional and the unconditional branch of classifier-free guidance on separate ranks.
         patch: ranks along the picture; None takes all that ``cfg`` leaves.
+        pipe: stages of ``pipelined``; None takes all ranks that ``cfg`` leaves.
         split: ``"rows"`` or ``"cols"`` of the latent.
-        warmup_steps: synchronous steps after the first one; ``displaced`` only (0: only the first is synchronous).
+        warmup_steps: synchronous steps after the first one; ``displaced`` and ``pipelined`` only (0:
+            only the first is synchronous).
         group_norm: statistics under ``displaced``: ``"corrected"`` (the paper's: all old, moved by the own change),
             ``"carried"`` (the peers' patches taken to have changed much as the own one; nearer to one device),
             ``"stale"`` (peers' old, own fresh), ``"separate"`` (own only) or ``"sync"`` (exact, waits).
@@ -44,6 +49,9 @@ class ParallelConfig:
         context_window: None lets every patch attend to the whole picture. A number from 0 to 1 is the share of each
             neighbouring patch, its nearer rows, that a patch attends to beside itself (PCPP, arXiv 2412.02962);
             keys and values then go to neighbours only. Approximate, under ``sync`` too.
+        stage_cost: what is equal between the stages of ``pipelined``: ``"counted"`` arithmetic, which is the same
+            every time, or ``"measured"`` seconds of the first step of each picture, by which one and the same seed may
+            give slightly different pictures.
 
     Raises:
         ConfigError: a value that is not one of these, printed with what would be right.
@@ -57,6 +65,8 @@ class ParallelConfig:
     group_norm: GroupNormMode = "corrected"
     codec: str | Mapping[str, str] | None = None
     context_window: float | None = None
+    pipe: int | None = None
+    stage_cost: StageCost = "counted"
 
     def __post_init__(self) -> None:
         _one_of("strategy", self.strategy, get_args(StrategyName))
@@ -67,17 +77,24 @@ class ParallelConfig:
         _whole("cfg", self.cfg, 1)
         if self.cfg > 2:
             raise ConfigError(f"cfg={self.cfg} must be 1 or 2: guidance has two branches")
-        if self.patch is not None:
-            _whole("patch", self.patch, 1)
+        _one_of("stage_cost", self.stage_cost, get_args(StageCost))
+        for name in ("patch", "pipe"):
+            if getattr(self, name) is not None:
+                _whole(name, getattr(self, name), 1)
+        if self.strategy == "pipelined" and self.patch not in (None, 1):
+            raise ConfigError(f"patch={self.patch} does not go with strategy='pipelined', whose ranks are stages: use pipe")
+        if self.strategy != "pipelined" and self.pipe not in (None, 1):
+            raise ConfigError(f"pipe={self.pipe} goes with strategy='pipelined' only, not with {self.strategy!r}")
         _whole("warmup_steps", self.warmup_steps, 0)
         # As text it is hashable, and the same however it was given.
         object.__setattr__(self, "codec", _codec_text(self.codec))
         _share("context_window", self.context_window)
         for name in ("codec", "context_window"):
-            if self.strategy == "naive" and getattr(self, name) is not None:
+            why = {"naive": "exchanges nothing inside the denoiser", "pipelined": "has no patches"}.get(self.strategy)
+            if why is not None and getattr(self, name) is not None:
                 raise ConfigError(
-                    f"{name}={getattr(self, name)!r} does nothing under strategy='naive', which exchanges nothing "
-                    "inside the denoiser; leave it out"
+                    f"{name}={getattr(self, name)!r} does nothing under strategy={self.strategy!r}, which {why}; "
+                    "leave it out"
                 )
 
     @property
@@ -90,13 +107,16 @@ class ParallelConfig:
     def extras(self) -> list[str]:
         """What was asked for beyond the strategy, as ``name=value``."""
         names = ("codec", "context_window")
-        return [f"{name}={getattr(self, name)}" for name in names if getattr(self, name) is not None]
+        found = [f"{name}={getattr(self, name)}" for name in names if getattr(self, name) is not None]
+        return found if self.stage_cost == "counted" else [*found, f"stage_cost={self.stage_cost}"]
 
     def __str__(self) -> str:
         facts = [
             f"strategy={self.strategy} cfg={self.cfg} patch={self.patch or 'all'} split={self.split} "
             f"warmup_steps={self.warmup_steps} group_norm={self.group_norm}"
         ]
+        if self.strategy == "pipelined":
+            facts = [f"strategy=pipelined cfg={self.cfg} pipe={self.pipe or 'all'} warmup_steps={self.warmup_steps}"]
         return " ".join(facts + self.extras)
 
 

@@ -11,7 +11,8 @@ from typing import Any
 class Report:
     """One picture (or one call of the pipeline) as it ran on this rank.
 
-    ``patches`` are the rows (or columns) of latent each rank of a patch group owns; ``seconds`` has one entry per
+    ``patches`` are the rows (or columns) of latent each rank of a patch group owns, ``stages`` the modules that each
+    rank of a pipeline computes; ``seconds`` has one entry per
     call of the denoiser, ``messages`` and ``bytes`` what this rank sent in it, ``kinds`` how fresh it was
     (``"sync"``, ``"displaced"``, ``"naive"`` ...).
     """
@@ -20,6 +21,7 @@ class Report:
     mesh: str
     split: str = "rows"
     patches: tuple[int, ...] = ()
+    stages: tuple[tuple[str, ...], ...] = ()
     seconds: list[float] = field(default_factory=list)
     messages: list[int] = field(default_factory=list)
     bytes: list[int] = field(default_factory=list)
@@ -42,6 +44,7 @@ class Report:
             "mesh": self.mesh,
             "split": self.split,
             "patches": list(self.patches),
+            **({"stages": [list(names) for names in self.stages]} if self.stages else {}),
             "steps": {kind: self.kinds.count(kind) for kind in dict.fromkeys(self.kinds)},
             "seconds_per_step": median([self.seconds[i] for i in chosen]) if chosen else None,
             "messages_per_step": round(median([self.messages[i] for i in chosen])) if chosen else 0,
@@ -54,10 +57,13 @@ class Report:
         facts = self.as_dict()
         pace = facts["seconds_per_step"]
         steps = " + ".join(f"{count} {kind}" for kind, count in facts["steps"].items()) or "none"
+        owned = f"{self.split} per rank {'+'.join(map(str, self.patches)) or '-'}"
+        if self.stages:
+            owned = f"modules per rank {'+'.join(str(len(names)) for names in self.stages)}"
         parts = [
             f"strategy {self.strategy}",
             f"mesh {self.mesh}",
-            f"{self.split} per rank {'+'.join(map(str, self.patches)) or '-'}",
+            owned,
             f"steps {steps}",
             f"{pace:.3f} s/step" if pace is not None else "- s/step",
             f"{human_bytes(facts['bytes_per_step'])} and {facts['messages_per_step']} messages sent per step and rank",

@@ -120,7 +120,7 @@ def report(target: Any) -> Report:
         if parallel is not None:
             found: Report = parallel.report.copy()
             return found
-    return Report("none", str(Mesh((1, 1))))
+    return Report("none", str(Mesh((1, 1, 1))))
 
 
 def _denoisers(target: Any) -> list[Any]:

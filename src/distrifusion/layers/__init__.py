@@ -9,6 +9,7 @@ from .norm import PatchGroupNorm
 from .resample import PatchDownsample, PatchUpsample
 from .seam import PatchSeam
 from .tokens import PatchArguments, PatchEntry, PatchExit, PatchSides
+from .unit import StageUnit
 
 __all__ = [
     "Frame",
@@ -26,4 +27,5 @@ __all__ = [
     "PatchSiLU",
     "PatchSides",
     "PatchUpsample",
+    "StageUnit",
 ]

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 from ..config import BUILT
 from ..errors import UnsupportedModel
+from ..layers import FrameHolder, Layer
 from .table import Call, Table
 
-__all__ = ["Call", "Table", "controlnet_table", "is_known", "supported", "table_for"]
+__all__ = ["Call", "Table", "controlnet_table", "is_known", "stage_layers", "supported", "table_for"]
 
 
 def table_for(model: Any) -> Table:
@@ -37,6 +39,19 @@ def controlnet_table(controlnet: Any, unet: Any) -> Table | None:
     from .controlnet import ControlNetTable, fits
 
     return ControlNetTable(controlnet) if fits(controlnet, unet) else None
+
+
+def stage_layers(model: Any, num_stages: int, holder: FrameHolder) -> Iterator[Layer]:
+    """The units that stages of ``model``, which has a table, are made of, not attached.
+
+    Raises:
+        ConfigError: fewer units than stages.
+    """
+    from . import units
+    from .plans import PLANS
+
+    plan = next((plan for plan in PLANS if type(model) is plan.model), None)
+    return units.stage_layers(model, plan, num_stages, holder)
 
 
 def is_known(model: Any) -> bool:

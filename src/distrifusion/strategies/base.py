@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any, Protocol
 
+from ..boundary import Stages
 from ..comm.residual import Wire
 from ..comm.slots import Slots
 from ..exchange import Exchange
@@ -17,6 +18,7 @@ class State:
     step: int = 0  # calls of the denoiser so far
     slots: Slots | None = None  # of strategies with late values
     wire: Wire | None = None  # of synchronous values that travel as residuals
+    stages: Stages | None = None  # of a model that is cut over its depth
     is_checked: bool = False  # whether the ranks have compared what they were given
     is_halved: bool = False  # whether only one half of the ranks makes its steps
     last: Any = None  # what a call gave, for shapes and class
@@ -25,7 +27,7 @@ class State:
         """Begin anew, as ``fresh``, in the same picture."""
         self.drain()
         self.step, self.is_halved = 0, False
-        self.slots, self.wire = fresh.slots, fresh.wire
+        self.slots, self.wire, self.stages = fresh.slots, fresh.wire, fresh.stages
 
     def drain(self) -> None:
         """Wait for what is still under way."""

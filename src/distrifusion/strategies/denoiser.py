@@ -4,20 +4,21 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from time import perf_counter
 from typing import Any, TypeVar
 
 import torch
 from torch import nn
 
+from ..boundary import Staged
 from ..comm import Comm
 from ..config import ParallelConfig
 from ..errors import ConfigError, DistrifusionError, UnsupportedModel
 from ..layers import Frame, FrameHolder, Layer
 from ..mesh import Mesh
 from ..metrics import Report
-from ..models import Call, Table
+from ..models import Call, Table, stage_layers
 from . import strategy_for
 from .agreement import check_call, check_latents, probe
 from .base import State
@@ -75,6 +76,7 @@ class ParallelDenoiser:
         self._layers: dict[tuple[int, str], Layer] = {}  # by their place
         self._pictures = Pictures(self._strategy, timesteps)
         self._dim = 2 if config.split == "rows" else 3
+        self._is_spread = self._mesh.world > self._mesh.size("cfg")
         has_halves = self._mesh.size("cfg") > 1 and not self._feeders
         branch = self._guidance.branch if has_halves else None
         start = self._strategy.start
@@ -193,9 +195,12 @@ class ParallelDenoiser:
         own_call = self._own_batch(call)
         if num_patches > 1:
             own_call = self._table.localise(own_call, frame, fed=any(cost.num_calls for cost in fed))
+        if self._is_spread:
             self._holder.frame = frame
         exchange.begin()
-        result = self._inner(**own_call.arguments)
+        stages = exchange if isinstance(exchange, Staged) and self._is_spread else None
+        run = self._inner if stages is None else functools.partial(stages.run, self._inner)
+        result = run(**own_call.arguments)
         if num_patches > 1:
             result = self._table.finish(result, frame)
         own = self._table.fold(result[0], own_call, frame) if self._table.gathers else call.sample
@@ -205,8 +210,12 @@ class ParallelDenoiser:
         for cost in fed:
             self._cost.add(cost)
         self._cost.num_calls += 1
-        self._kind = exchange.kind if num_patches > 1 else "sync"
-        self.report.patches = levels.splits[0].sizes
+        self._kind = exchange.kind if self._is_spread else "sync"
+        if stages is None:
+            self.report.patches = levels.splits[0].sizes
+        else:  # one rank has the whole prediction
+            self.report.stages = stages.names
+            levels = replace(levels, splits=(stages.output_split(levels.splits[0].size), *levels.splits[1:]))
         return Ran(result, own, levels)
 
     def _deliver(self, ran: Ran, call: Call, halves: Halves) -> Any:
@@ -231,9 +240,11 @@ class ParallelDenoiser:
         """Take over modules that are not yet ours, such as a LoRA's, and let go of those that have left the model."""
         if self._mesh.size("cfg") > 1 and not self._table.splits_guidance():
             raise ConfigError("cfg=2 does not work with PAG, whose branches must share a batch; use cfg=1")
-        if self._mesh.size("patch") == 1:
+        if not self._is_spread:
             return
-        wanted = {layer.place: layer for layer in self._table.layers(self._holder)}
+        num_stages = self._mesh.size("pipe")
+        layers = stage_layers(self.model, num_stages, self._holder) if num_stages > 1 else self._table.layers(self._holder)
+        wanted = {layer.place: layer for layer in layers}
         for known in [known for known in self._layers if known not in wanted]:
             self._layers.pop(known).detach()
         for known, layer in wanted.items():
@@ -249,7 +260,7 @@ class ParallelDenoiser:
 
     def _new_report(self) -> Report:
         notes = [*self._config.extras, *self._notes]
-        if self._config.extras and self._mesh.size("patch") == 1:
+        if self._config.extras and not self._is_spread:
             notes.append("no patches, so no codec and no window")
         return Report(self._config.strategy, str(self._mesh), self._config.split, notes=notes)
 
