@@ -17,6 +17,8 @@ def test_the_defaults_are_the_papers() -> None:
         "group_norm": "corrected",
         "codec": None,
         "context_window": None,
+        "pipe": None,
+        "stage_cost": "counted",
     }
 
 
@@ -33,11 +35,18 @@ def test_every_choice_is_accepted(strategy: str, split: str, group_norm: str) ->
     [
         ({"strategy": "fast"}, r"strategy='fast' must be one of 'sync', 'displaced', 'naive'"),
         ({"strategy": None}, r"strategy=None must be one of"),
-        (
-            {"strategy": "pipelined"},
-            r"strategy='pipelined' is not built yet; choose one of 'sync', 'displaced', 'naive'",
-        ),
         ({"strategy": "shifted"}, r"strategy='shifted' is not built yet"),
+        (
+            {"strategy": "pipelined", "patch": 2},
+            r"patch=2 does not go with strategy='pipelined', whose ranks",
+        ),
+        ({"strategy": "sync", "pipe": 2}, r"pipe=2 goes with strategy='pipelined' only, not with 'sync'"),
+        ({"strategy": "pipelined", "pipe": 0}, r"pipe=0 must be a whole number of at least 1"),
+        (
+            {"strategy": "pipelined", "codec": "int8"},
+            r"codec='int8' does nothing under strategy='pipelined', which h",
+        ),
+        ({"stage_cost": "guessed"}, r"stage_cost='guessed' must be one of 'counted', 'measured'"),
         ({"strategy": "tensor"}, r"strategy='tensor' is not built yet"),
         ({"split": "columns"}, r"split='columns' must be one of 'rows', 'cols'"),
         (
@@ -127,3 +136,10 @@ def test_a_codec_has_one_form_however_it_is_given(codec: object, text: str | Non
 def test_the_window_is_said_where_it_is_set() -> None:
     assert str(ParallelConfig(context_window=0)).endswith("group_norm=corrected context_window=0")
     assert str(ParallelConfig(codec="int8", context_window=0.3)).endswith(" codec=int8 context_window=0.3")
+
+
+def test_stages_say_what_matters_to_them() -> None:
+    config = ParallelConfig(strategy="pipelined", cfg=2, pipe=3, warmup_steps=0)
+    assert str(config) == "strategy=pipelined cfg=2 pipe=3 warmup_steps=0"
+    config = ParallelConfig(strategy="pipelined", stage_cost="measured")
+    assert str(config) == "strategy=pipelined cfg=1 pipe=all warmup_steps=4 stage_cost=measured"

@@ -19,7 +19,7 @@ from reference import DisplacedReference, owners
 EXACT = 1e-5  # another order of float32 sums; see test_layers.py
 OTHER = 1e-3  # staleness, a missing halo: what two strategies differ by at least
 
-STRATEGIES = ["sync", "displaced", "naive"]
+STRATEGIES = ["sync", "displaced", "naive", "pipelined"]
 
 
 def displaced(**settings: Any) -> df.ParallelConfig:

@@ -23,7 +23,7 @@ from .dataflow import Dataflow
 from .errors import UnsupportedModel
 from .exchange import Fresh
 from .geometry import Split
-from .stages import chain, rings
+from .stages import Link, cut
 
 
 @dataclass
@@ -34,6 +34,15 @@ class _Part:
     template: Tensor  # on no device: shape, dtype and order of memory
     device: torch.device
     readers: tuple[int, ...] = ()  # ranks of other stages
+
+    @property
+    def num_bytes(self) -> int:
+        """Its weight."""
+        return self.template.numel() * self.template.element_size()
+
+    def room(self) -> Tensor:
+        """A tensor like it, with anything inside."""
+        return torch.empty_like(self.template, device=self.device)
 
 
 @dataclass
@@ -95,40 +104,18 @@ class Stages:
         Costs are the same on all ranks, or agreed upon by one message where they are measured.
         """
         if self.is_measured:
-            seconds = self.comm.all_gather_object([call.cost for call in self.calls.values()])
-            for call, costs in zip(self.calls.values(), zip(*seconds, strict=True), strict=True):
-                call.cost = sum(costs)
-        groups = list(dict.fromkeys(call.group for call in self.calls.values()))  # in the order they run
-        places = {group: place for place, group in enumerate(groups)}
-        costs = [sum(call.cost for call in self.calls.values() if call.group == group) for group in groups]
-        readers: dict[str, set[int]] = {name: {-1} for name in output}  # part -> places of groups; -1: the output
+            measured = self.comm.all_gather_object([call.cost for call in self.calls.values()])
+            for call, times in zip(self.calls.values(), zip(*measured, strict=True), strict=True):
+                call.cost = sum(times)
+        groups: dict[int, list[_Call]] = {}  # in the order they run
         for call in self.calls.values():
-            for name in call.reads:
-                readers.setdefault(name, set()).add(places[call.group])
-        makers = {part.name: places[call.group] for call in self.calls.values() for part in call.parts}
-        last = max((makers[name] for name in output), default=len(groups) - 1)
-
-        def crossing(stages: Sequence[int]) -> dict[str, set[int]]:
-            """Part -> the other stages that read it."""
-            return {
-                name: {stages[last if place < 0 else place] for place in places_} - {stages[makers[name]]}
-                for name, places_ in readers.items()
-            }
-
-        parts = {part.name: part for call in self.calls.values() for part in call.parts}
-        num_stages, quarter = self.comm.world, len(groups) / 4
-        has_skips = any(
-            makers[name] < quarter and max(places_) >= len(groups) - quarter for name, places_ in readers.items()
-        )
-        candidates = rings(costs, num_stages) if has_skips else []
-        stages = min(
-            candidates or [chain(costs, num_stages)],
-            key=lambda each: sum(_num_bytes(parts[name]) * len(others) for name, others in crossing(each).items()),
-        )
-        self._owners = dict(zip(groups, stages, strict=True))
-        self._output = stages[last]
-        for name, others in crossing(stages).items():
-            parts[name].readers = tuple(sorted(others))
+            groups.setdefault(call.group, []).append(call)
+        found = cut([_link(calls) for calls in groups.values()], output, self.comm.world)
+        self._owners = dict(zip(groups, found.stages, strict=True))
+        self._output = found.output
+        for call in self.calls.values():
+            for part in call.parts:
+                part.readers = found.readers.get(part.name, ())
 
     def drain(self) -> None:
         """Wait for what is still under way."""
@@ -226,10 +213,10 @@ class Whole(Staged):
             owner = self._stages.owner(call)
             for part in call.parts:
                 if part.readers:
-                    said = {reader: part.template for reader in part.readers} if owner == self._rank else {}
+                    said = dict.fromkeys(part.readers, part.template) if owner == self._rank else {}
                     heard = {owner: self._kept[part.name]} if self._rank in part.readers else {}
                     links = frozenset((owner, reader) for reader in part.readers)
-                    weight = _num_bytes(part) * len(links)
+                    weight = part.num_bytes * len(links)
                     self._stages.slots.keep(part.name, said, heard, links=links, weight=weight, kind="boundary")
         self._kept.clear()
 
@@ -248,8 +235,8 @@ class Late(Staged):
         call = self._stages.calls.get(self._name(key))
         if call is None:
             raise UnsupportedModel(
-                f"{key} runs in this step and did not in the first one of its picture: under strategy='pipelined' the "
-                "same modules run in all steps"
+                f"{key} runs in this step and did not in the first one, or not as often: under strategy='pipelined' "
+                "the same modules run in every step of a picture"
             )
         slots, owner = self._stages.slots, self._stages.owner(call)
         is_mine = owner == self._rank
@@ -262,9 +249,8 @@ class Late(Staged):
                 continue
             before = slots.read(leaf.name) if leaf.readers else {}
             if not is_mine:
-                # Words in the slot are there until the next read only, and some units are read much later.
-                leaves.append(torch.empty_like(leaf.template, device=leaf.device))
-                if owner in before:
+                leaves.append(leaf.room())
+                if owner in before:  # a copy: the slot is good until the next read only, and some parts are read late
                     leaves[-1].copy_(before[owner])
             if leaf.readers:
                 slots.post(leaf.name, dict.fromkeys(leaf.readers, given) if is_mine else {})
@@ -276,5 +262,8 @@ class Late(Staged):
         return self._stages.slots.finish()
 
 
-def _num_bytes(part: _Part) -> int:
-    return part.template.numel() * part.template.element_size()
+def _link(calls: Sequence[_Call]) -> Link:
+    """What the calls of one group are in the chain of the model."""
+    makes = {part.name: part.num_bytes for call in calls for part in call.parts}
+    reads = frozenset[str]().union(*(call.reads for call in calls)) - makes.keys()
+    return Link(sum(call.cost for call in calls), reads, makes)

@@ -82,7 +82,7 @@ class ParallelConfig:
             if getattr(self, name) is not None:
                 _whole(name, getattr(self, name), 1)
         if self.strategy == "pipelined" and self.patch not in (None, 1):
-            raise ConfigError(f"patch={self.patch} does not go with strategy='pipelined', whose ranks are stages: use pipe")
+            raise ConfigError(f"patch={self.patch} does not go with strategy='pipelined', whose ranks are stages")
         if self.strategy != "pipelined" and self.pipe not in (None, 1):
             raise ConfigError(f"pipe={self.pipe} goes with strategy='pipelined' only, not with {self.strategy!r}")
         _whole("warmup_steps", self.warmup_steps, 0)

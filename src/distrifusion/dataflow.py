@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-import torch
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves
@@ -67,8 +66,3 @@ def _work(name: str, given: Sequence[Tensor], made: Tensor) -> int:
     if name in ("bmm", "matmul", "__matmul__"):
         return made.numel() * given[0].shape[-1]
     return made.numel() * given[1].shape[-1] if name == "baddbmm" else 0
-
-
-def as_on(template: Tensor, device: torch.device) -> Tensor:
-    """An uninitialised tensor of the shape, dtype and order of memory of ``template``."""
-    return torch.empty_like(template, device=device)

@@ -63,7 +63,8 @@ def parallelize(target: T, config: ParallelConfig | None = None, comm: Comm | No
     try:
         for model in models:
             nets = [] if model is target else _controlnets(target)
-            tables = [controlnet_table(net, model) for net in nets]
+            is_cut = config.strategy == "pipelined"  # into stages, not patches
+            tables = [None if is_cut else controlnet_table(net, model) for net in nets]
             notes: list[str] = []
             if None in tables:  # their outputs are added up: all in patches, or all whole
                 notes += [f"{type(net).__name__} runs whole on every rank" for net in nets]

@@ -242,8 +242,9 @@ class ParallelDenoiser:
             raise ConfigError("cfg=2 does not work with PAG, whose branches must share a batch; use cfg=1")
         if not self._is_spread:
             return
-        num_stages = self._mesh.size("pipe")
-        layers = stage_layers(self.model, num_stages, self._holder) if num_stages > 1 else self._table.layers(self._holder)
+        table, num_stages = self._table, self._mesh.size("pipe")
+        is_cut = num_stages > 1
+        layers = stage_layers(self.model, num_stages, self._holder) if is_cut else table.layers(self._holder)
         wanted = {layer.place: layer for layer in layers}
         for known in [known for known in self._layers if known not in wanted]:
             self._layers.pop(known).detach()
