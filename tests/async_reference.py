@@ -34,13 +34,17 @@ class AsyncReference:
         self._now = {}
         if self._num_exact > 0:
             self._num_exact -= 1
-            result = self._model(*args, **kwargs)[0]
+            result = self._run(*args, **kwargs)
         else:
             for stage in range(len(self._stages)):
                 self._stage = stage
-                result = self._model(*args, **kwargs)[0]
+                result = self._run(*args, **kwargs)
             self._stage = None
         self._before = self._now
+        return result
+
+    def _run(self, *args: Any, **kwargs: Any) -> Tensor:
+        result: Tensor = type(self._model).forward(self._model, *args, **kwargs)[0]
         return result
 
     def _hook(self, name: str, stage: int) -> Callable[..., Any]:

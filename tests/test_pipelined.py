@@ -337,3 +337,22 @@ def test_a_lost_stage_is_lost_to_all() -> None:
         df.run_ranks(4, rank, timeout=20)
     assert sorted(heard) == [0, 2, 3]
     assert all("rank 1 failed: ArithmeticError: only here" in message for message in heard.values())
+
+
+def runs_on_processes(comm: Comm, name: str, num: int) -> tuple[list[Tensor], Report]:
+    arguments = conditioning(name)
+    with torch.no_grad():
+        model = df.parallelize(build(name), pipelined(), comm)
+        results = [
+            model(sample, 900 - 50 * i, **arguments).sample for i, sample in enumerate(walk(name, num, 1, 16, 12))
+        ]
+        return results, df.report(model)
+
+
+def test_processes_give_what_threads_give(pool: Any) -> None:
+    name, num = "sdxl", 4
+    wanted, report = df.run_ranks(3, lambda comm: runs_on_processes(comm, name, num))[0]
+    for results, theirs in pool.run(runs_on_processes, 3, name, num):
+        assert theirs.stages == report.stages
+        assert max(theirs.messages) <= 8
+        assert all(torch.equal(mine, their) for mine, their in zip(results, wanted, strict=True))

@@ -20,6 +20,12 @@ BUILT: tuple[StrategyName, ...] = ("sync", "displaced", "naive", "pipelined")
 CODECS = ("fp16", "bf16", "int8", "int4", "int2", "1bit")
 """Codecs for what travels between ranks, see docs/codecs.md."""
 
+UNCODED: dict[StrategyName, str] = {
+    "naive": "exchanges nothing inside the denoiser",
+    "pipelined": "has no patches",
+}
+"""Strategies for which ``codec`` and ``context_window`` do nothing, and why."""
+
 CODED_SEAMS = ("context", "halo")
 """Seams whose values may be coded. Moments never are: few bytes, and statistics of float32."""
 
@@ -90,7 +96,7 @@ class ParallelConfig:
         object.__setattr__(self, "codec", _codec_text(self.codec))
         _share("context_window", self.context_window)
         for name in ("codec", "context_window"):
-            why = {"naive": "exchanges nothing inside the denoiser", "pipelined": "has no patches"}.get(self.strategy)
+            why = UNCODED.get(self.strategy)
             if why is not None and getattr(self, name) is not None:
                 raise ConfigError(
                     f"{name}={getattr(self, name)!r} does nothing under strategy={self.strategy!r}, which {why}; "

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+import torch
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves
@@ -40,10 +41,10 @@ class Dataflow(TorchFunctionMode):
         """Torch's hook above every operation."""
         kwargs = kwargs or {}
         result = func(*args, **kwargs)
-        given = _tensors((args, kwargs))
         name = getattr(func, "__name__", "")
         made = [args[0]] if name == "__setitem__" else _tensors(result)
         if made:
+            given = _tensors((args, kwargs))
             sources = self.sources(given)
             for tensor in made if sources else ():
                 self._sources[tensor] = sources
@@ -52,6 +53,10 @@ class Dataflow(TorchFunctionMode):
 
 
 def _tensors(values: Any) -> list[Tensor]:
+    if isinstance(values, Tensor):
+        return [values]
+    if not isinstance(values, tuple | list | dict) or isinstance(values, torch.Size):
+        return []  # most questions to a tensor are about its shape, dtype and device
     return [each for each in tree_leaves(values) if isinstance(each, Tensor)]
 
 

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from ..config import ParallelConfig, StrategyName
+from ..config import UNCODED, ParallelConfig, StrategyName
 from ..errors import ConfigError
 from ..geometry import Split
 
@@ -108,7 +108,7 @@ def cases_for(
 ) -> tuple[Case, ...]:
     """The bare model on one thread and on ``threads``, then every strategy on every world with every codec.
 
-    One rank is one case, and so is ``"naive"``, which sends nothing that a codec could shorten.
+    One rank is one case, and so is a strategy that sends nothing which a codec could shorten.
     """
     cases = [Case(None)] + ([Case(None, threads=threads)] if threads > 1 else [])
     for world in worlds:
@@ -116,7 +116,7 @@ def cases_for(
             cases.append(Case(strategies[0]))
             continue
         for strategy in strategies:
-            if strategy == "naive":
+            if strategy in UNCODED:
                 cases.append(Case(strategy, world))
                 continue
             cases += [Case(strategy, world, codec=codec, context_window=context_window) for codec in codecs]
