@@ -137,16 +137,25 @@ def test_more_stages_than_blocks_are_refused_with_both_numbers() -> None:
         on_ranks("time-cond", 17, pipelined(), [latents("time-cond")], [500], **conditioning("time-cond"))
 
 
-def test_a_unit_that_did_not_run_in_the_first_step_is_refused() -> None:
+@pytest.mark.parametrize("warmup_steps", [0, 1])
+def test_other_modules_than_in_the_first_step_are_refused(warmup_steps: int) -> None:
     name = "sd15"
     sample, arguments = latents(name), conditioning(name)
 
+    def again(model: Any) -> Any:
+        return model.mid_block.register_forward_pre_hook(lambda *_: (model.conv_in(sample), None)[1])
+
     def rank(comm: Comm) -> None:
-        model = df.parallelize(build(name), pipelined(), comm)
+        model = df.parallelize(build(name), pipelined(warmup_steps=warmup_steps), comm)
         model(sample, 500, **arguments)
-        model.mid_block.register_forward_pre_hook(lambda *_: (model.conv_in(sample), None)[1])
-        with pytest.raises(df.UnsupportedModel, match="conv_in runs in this step and did not in the first one"):
+        handle = again(model)
+        with pytest.raises(df.UnsupportedModel, match="conv_in#2 runs in this step and did not in the first one"):
             model(sample, 500, **arguments)
+        model(sample, 500, **arguments)  # after an error, a picture starts
+        handle.remove()
+        if warmup_steps:
+            with pytest.raises(df.UnsupportedModel, match="conv_in#2 ran in the first step and does not in this one"):
+                model(sample, 500, **arguments)
 
     df.run_ranks(2, rank)
 

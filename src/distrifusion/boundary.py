@@ -25,6 +25,8 @@ from .exchange import Fresh
 from .geometry import Split
 from .stages import Link, cut
 
+_SAME_MODULES = ": under strategy='pipelined' the same modules run in every step of a picture"
+
 
 @dataclass
 class _Part:
@@ -117,9 +119,15 @@ class Stages:
             for part in call.parts:
                 part.readers = found.readers.get(part.name, ())
 
-    def drain(self) -> None:
-        """Wait for what is still under way."""
-        self.slots.drain()
+    def call(self, name: str) -> _Call:
+        """What is known of a call.
+
+        Raises:
+            UnsupportedModel: it was not made in the first step, so that nobody knows whose it is.
+        """
+        if name not in self.calls:
+            raise UnsupportedModel(f"{name} runs in this step and did not in the first one{_SAME_MODULES}")
+        return self.calls[name]
 
 
 class Staged(Fresh):
@@ -158,6 +166,7 @@ class Whole(Staged):
     def __init__(self, alone: Comm, stages: Stages, *, is_last: bool) -> None:
         super().__init__(alone, stages)
         self._is_last = is_last
+        self._ran: set[str] = set()
         self._kept: dict[str, Tensor] = {}
         self._flow: Dataflow | None = None
 
@@ -194,8 +203,9 @@ class Whole(Staged):
                     call.leaves.append(leaf)
             self._stages.calls[name] = call
         if self._is_last:
+            self._ran.add(name)
             # Copies: models add to what a unit gave in its place, and will do so again.
-            for part, leaf in zip(self._stages.calls[name].leaves, tree_flatten(result)[0], strict=True):
+            for part, leaf in zip(self._stages.call(name).leaves, tree_flatten(result)[0], strict=True):
                 if isinstance(part, _Part) and (self._rank in part.readers or not self._stages.is_cut):
                     self._kept[part.name] = leaf.clone()
         return result
@@ -210,6 +220,8 @@ class Whole(Staged):
 
     def _keep(self) -> None:
         for call in self._stages.calls.values():
+            if call.name not in self._ran:
+                raise UnsupportedModel(f"{call.name} ran in the first step and does not in this one{_SAME_MODULES}")
             owner = self._stages.owner(call)
             for part in call.parts:
                 if part.readers:
@@ -227,17 +239,8 @@ class Late(Staged):
     kind = "pipelined"
 
     def boundary(self, key: str, group: int, unit: Callable[..., Any], args: Any, kwargs: Any) -> Any:
-        """See Staged.
-
-        Raises:
-            UnsupportedModel: a unit that did not run in the first step, so that nobody knows whose it is.
-        """
-        call = self._stages.calls.get(self._name(key))
-        if call is None:
-            raise UnsupportedModel(
-                f"{key} runs in this step and did not in the first one, or not as often: under strategy='pipelined' "
-                "the same modules run in every step of a picture"
-            )
+        """See Staged."""
+        call = self._stages.call(self._name(key))
         slots, owner = self._stages.slots, self._stages.owner(call)
         is_mine = owner == self._rank
         result = unit(*args, **kwargs) if is_mine else None

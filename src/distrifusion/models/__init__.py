@@ -46,6 +46,7 @@ def stage_layers(model: Any, num_stages: int, holder: FrameHolder) -> Iterator[L
 
     Raises:
         ConfigError: fewer units than stages.
+        UnsupportedModel: a model that is not known in stages.
     """
     from . import units
     from .plans import PLANS
@@ -65,7 +66,8 @@ def is_known(model: Any) -> bool:
 
 _MODULES = (
     "sync equals one device (relative L2 <= 1e-5, float32) at worlds 2, 3, 4, 5, 7, rows and columns, batch 1 to 3, \
-odd sizes; displaced with a held input equals sync: tests/test_unet_exact.py"
+odd sizes; displaced with a held input equals sync: tests/test_unet_exact.py; pipelined with a held input equals one \
+device after as many steps as stages, worlds 2 to 7: tests/test_pipelined.py, tests/test_pipelined_pipelines.py"
 )
 
 
@@ -74,7 +76,8 @@ CHECKED_WITH = "0.42.1"
 
 _TRANSFORMERS = (
     "sync equals one device (relative L2 <= 1e-5, float32) at worlds 2, 3, 4, 5, rows and columns, batch 1 and 2, \
-uneven rows of tokens; displaced with a held input equals sync; cfg=2 at 2 and 4: tests/test_transformers.py"
+uneven rows of tokens; displaced with a held input equals sync; cfg=2 at 2 and 4: tests/test_transformers.py; \
+pipelined with a held input equals one device after two steps at world 2: tests/test_pipelined_transformers.py"
 )
 
 

@@ -7,9 +7,10 @@ from typing import Any
 
 from torch import nn
 
-from ..errors import ConfigError
+from ..errors import ConfigError, UnsupportedModel
 from ..layers import FrameHolder, Layer, StageUnit
 from .transformer import Plan, matching
+from .unet import FAMILIES
 
 Groups = list[tuple[str, ...]]
 """Names of modules; those of one tuple stay together."""
@@ -20,7 +21,10 @@ def stage_layers(model: Any, plan: Plan | None, num_stages: int, holder: FrameHo
 
     Raises:
         ConfigError: fewer units than stages.
+        UnsupportedModel: it is neither a transformer nor a U-Net.
     """
+    if plan is None and type(model) not in FAMILIES:
+        raise UnsupportedModel(f"{type(model).__name__} is not known in stages; use another strategy than 'pipelined'")
     groups = _of_blocks(model, plan) if plan is not None else _of_unet(model)
     if len(groups) < num_stages:
         raise ConfigError(
