@@ -210,6 +210,12 @@ def _parts() -> dict[str, Any]:
         return {name: part.eval().requires_grad_(False) for name, part in parts.items()}
 
 
+def _part(name: str) -> Any:
+    """A component with the same weights each time and a module tree of its own, since ranks take forwards over."""
+    with _LOCK:
+        return copy.deepcopy(_parts()[name])
+
+
 def ddim(**changes: Any) -> Any:
     settings = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear", "steps_offset": 1}
     return diffusers.DDIMScheduler(**{**settings, "clip_sample": False, "set_alpha_to_one": False, **changes})
@@ -219,7 +225,7 @@ def sd(family: Any = diffusers.StableDiffusionPipeline, kind: str = "sd", **more
     """A Stable Diffusion pipeline of ``family`` with a U-Net of its own."""
     settings: dict[str, Any] = {
         "vae": _parts()["vae"],
-        "text_encoder": _parts()["text"],
+        "text_encoder": _part("text"),
         "tokenizer": copy.deepcopy(_tokenizer()),  # not for several threads
         "unet": unet(kind),
         "scheduler": ddim(),
@@ -236,8 +242,8 @@ def sdxl(family: Any = diffusers.StableDiffusionXLPipeline, *, refiner: bool = F
     """An SDXL pipeline of ``family``, base or refiner, with a U-Net of its own."""
     settings: dict[str, Any] = {
         "vae": _parts()["vae"],
-        "text_encoder": None if refiner else _parts()["narrow"],
-        "text_encoder_2": _parts()["refiner" if refiner else "narrow_2"],
+        "text_encoder": None if refiner else _part("narrow"),
+        "text_encoder_2": _part("refiner" if refiner else "narrow_2"),
         "tokenizer": None if refiner else copy.deepcopy(_tokenizer()),
         "tokenizer_2": copy.deepcopy(_tokenizer()),
         "unet": unet("refiner" if refiner else "sdxl"),

@@ -19,6 +19,7 @@ def test_the_defaults_are_the_papers() -> None:
         "context_window": None,
         "pipe": None,
         "stage_cost": "counted",
+        "text_encoders": "once",
     }
 
 

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 import distrifusion as df
-from models import distance
+from models import TEXT_DIM, distance
 from pipelines import (
     ALWAYS_WARM,
     CFG,
@@ -29,6 +29,7 @@ from pipelines import (
     sdxl,
     unet,
 )
+from transformers_tiny import noise
 
 pytestmark = NUMPY_WARNINGS
 
@@ -272,8 +273,12 @@ def test_other_seeds_prompts_and_sizes_on_a_rank_are_an_error_that_names_both() 
         df.run_ranks(2, lambda comm: rank(comm, seed=[0, 1]))
     with pytest.raises(df.RanksDisagree, match=r"16 x 16.*18 x 16"):
         df.run_ranks(2, lambda comm: rank(comm, height=[64, 72]))
-    with pytest.raises(df.RanksDisagree, match=r"conditions differ.*prompt"):
+    with pytest.raises(df.RanksDisagree, match=r"the prompt\) differs"):
         df.run_ranks(2, lambda comm: rank(comm, prompt=["a hill", "a lake"]))
+    with pytest.raises(df.RanksDisagree, match=r"conditions differ.*prompt"):
+        df.run_ranks(
+            2, lambda comm: rank(comm, prompt=[...] * 2, prompt_embeds=[noise(1, 9, TEXT_DIM, seed=i) for i in (1, 2)])
+        )
     with pytest.raises(df.RanksDisagree, match="batch differs: rank 0 has 2, rank 1 has 4"):
         df.run_ranks(2, lambda comm: rank(comm, num_images_per_prompt=[1, 2]))
     with pytest.raises(df.RanksDisagree, match="configuration"):

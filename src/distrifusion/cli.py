@@ -74,6 +74,9 @@ def generate(
     context_window: Annotated[
         float | None, typer.Option(help="Attend to this share (0 to 1) of each neighbouring patch only. Approximate.")
     ] = None,
+    text_encoders: Annotated[
+        str, typer.Option(help="once: each on one rank; freed: and held in memory by that one alone; every: on all.")
+    ] = _DEFAULT.text_encoders,
     height: Annotated[int | None, typer.Option(help="Pixels; without it, the model's own.")] = None,
     width: Annotated[int | None, typer.Option(help="Pixels; without it, the model's own.")] = None,
     steps: Annotated[int, typer.Option(help="Denoising steps.")] = 30,
@@ -102,6 +105,7 @@ def generate(
         warmup_steps=warmup_steps,
         codec=codec,
         context_window=context_window,
+        text_encoders=text_encoders,  # type: ignore[arg-type]
     )
     from . import commands
 

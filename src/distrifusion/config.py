@@ -13,6 +13,7 @@ StrategyName = Literal["sync", "displaced", "naive", "shifted", "pipelined", "te
 SplitDim = Literal["rows", "cols"]
 GroupNormMode = Literal["corrected", "carried", "stale", "separate", "sync"]
 StageCost = Literal["counted", "measured"]
+TextEncoders = Literal["once", "freed", "every"]
 
 BUILT: tuple[StrategyName, ...] = ("sync", "displaced", "naive", "pipelined")
 """Strategies that this release runs; the other names are reserved and refused with a line that says so."""
@@ -58,6 +59,9 @@ class ParallelConfig:
         stage_cost: what is equal between the stages of ``pipelined``: ``"counted"`` arithmetic, which is the same
             every time, or ``"measured"`` seconds of the first step of each picture, by which one and the same seed may
             give slightly different pictures.
+        text_encoders: ``"once"``: each runs on one rank, which tells the others; several are spread over the ranks.
+            ``"freed"``: and the other ranks give up its memory until ``df.restore``, which is collective then.
+            ``"every"``: each runs on every rank.
 
     Raises:
         ConfigError: a value that is not one of these, printed with what would be right.
@@ -73,6 +77,7 @@ class ParallelConfig:
     context_window: float | None = None
     pipe: int | None = None
     stage_cost: StageCost = "counted"
+    text_encoders: TextEncoders = "once"
 
     def __post_init__(self) -> None:
         _one_of("strategy", self.strategy, get_args(StrategyName))
@@ -80,6 +85,7 @@ class ParallelConfig:
             raise ConfigError(f"strategy={self.strategy!r} is not built yet; choose one of {_quoted(BUILT)}")
         _one_of("split", self.split, get_args(SplitDim))
         _one_of("group_norm", self.group_norm, get_args(GroupNormMode))
+        _one_of("text_encoders", self.text_encoders, get_args(TextEncoders))
         _whole("cfg", self.cfg, 1)
         if self.cfg > 2:
             raise ConfigError(f"cfg={self.cfg} must be 1 or 2: guidance has two branches")
@@ -114,7 +120,9 @@ class ParallelConfig:
         """What was asked for beyond the strategy, as ``name=value``."""
         names = ("codec", "context_window")
         found = [f"{name}={getattr(self, name)}" for name in names if getattr(self, name) is not None]
-        return found if self.stage_cost == "counted" else [*found, f"stage_cost={self.stage_cost}"]
+        defaults = {"text_encoders": "once", "stage_cost": "counted"}
+        values = {name: getattr(self, name) for name in defaults}
+        return found + [f"{name}={value}" for name, value in values.items() if value != defaults[name]]
 
     def __str__(self) -> str:
         facts = [

@@ -17,6 +17,7 @@ from .metrics import Report
 from .models import controlnet_table, is_known, table_for
 from .strategies.agreement import agree
 from .strategies.denoiser import ParallelDenoiser
+from .strategies.encoders import SharedEncoder
 from .strategies.guidance import Guidance
 
 T = TypeVar("T")
@@ -25,6 +26,7 @@ DENOISERS = ("unet", "transformer", "transformer_2")
 """Components of a pipeline that predict the noise."""
 
 _MARK = "_distrifusion"  # the attribute of a denoiser that is parallel
+_SHARED = "_distrifusion_shared"  # and of a text encoder that one rank runs for all
 
 
 def parallelize(target: T, config: ParallelConfig | None = None, comm: Comm | None = None) -> T:
@@ -82,6 +84,12 @@ def parallelize(target: T, config: ParallelConfig | None = None, comm: Comm | No
         for model in [*models, *_controlnets(target)]:
             _take_back(model)
         raise
+    if config.text_encoders != "every":
+        freed = config.text_encoders == "freed"
+        for place, (name, encoder) in enumerate(_text_encoders(target).items()):
+            if not hasattr(encoder, _SHARED):  # another pipeline's too, as the refiner's and the base's
+                shared = SharedEncoder(encoder, name, comm, place % comm.world, freed=freed)
+                setattr(encoder, _SHARED, shared)
     return target
 
 
@@ -95,6 +103,11 @@ def restore(target: T) -> T:
     """
     for model in _denoisers(target):
         _take_back(model)
+    for encoder in _text_encoders(target).values():
+        shared = getattr(encoder, _SHARED, None)
+        if shared is not None:
+            shared.detach()
+            delattr(encoder, _SHARED)
     return target
 
 
@@ -157,6 +170,15 @@ def _controlnets(target: Any) -> list[Any]:
     controlnet = _unwrapped(controlnet)
     nets = [_unwrapped(net) for net in getattr(controlnet, "nets", None) or [controlnet]]
     return list({id(net): net for net in nets}.values())
+
+
+def _text_encoders(target: Any) -> dict[str, nn.Module]:
+    """The text encoders of a pipeline, by name: not those that an offload hook moves about, which stay as they are."""
+    if not isinstance(target, DiffusionPipeline):
+        return {}
+    found = {name: part for name, part in target.components.items() if name.startswith("text_encoder")}
+    modules = {name: _unwrapped(part) for name, part in sorted(found.items()) if isinstance(part, nn.Module)}
+    return {name: module for name, module in modules.items() if not hasattr(module, "_hf_hook")}
 
 
 def _is_compiled(target: Any, model: nn.Module) -> bool:

@@ -8,7 +8,7 @@ import threading
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -74,7 +74,7 @@ class Studio:
 
         def rank(comm: Comm) -> Painting:
             pipeline = self._twins[comm.rank]
-            parallelize(pipeline, case.config, comm)
+            parallelize(pipeline, replace(case.config, text_encoders="every"), comm)  # they share them, see `twin`
             # Every rank ends with the whole latents, and one of them decodes.
             painting = self._call(pipeline, case, indices, "pt" if comm.rank == 0 else "latent")
             painting.patches = report(pipeline).patches
