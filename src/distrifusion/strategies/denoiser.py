@@ -261,7 +261,8 @@ class ParallelDenoiser:
 
     def _new_report(self) -> Report:
         notes = [*self._config.extras, *self._notes]
-        if self._config.extras and not self._is_spread:
+        chosen = self._config.codec, self._config.context_window
+        if chosen != (None, None) and not self._is_spread:
             notes.append("no patches, so no codec and no window")
         return Report(self._config.strategy, str(self._mesh), self._config.split, notes=notes)
 
