@@ -221,10 +221,15 @@ def ddim(**changes: Any) -> Any:
     return diffusers.DDIMScheduler(**{**settings, "clip_sample": False, "set_alpha_to_one": False, **changes})
 
 
+def own_vae() -> Any:
+    """The VAE of these pipelines."""
+    return _part("vae")
+
+
 def sd(family: Any = diffusers.StableDiffusionPipeline, kind: str = "sd", **more: Any) -> Any:
     """A Stable Diffusion pipeline of ``family`` with a U-Net of its own."""
     settings: dict[str, Any] = {
-        "vae": _parts()["vae"],
+        "vae": own_vae(),
         "text_encoder": _part("text"),
         "tokenizer": copy.deepcopy(_tokenizer()),  # not for several threads
         "unet": unet(kind),
@@ -241,7 +246,7 @@ def sd(family: Any = diffusers.StableDiffusionPipeline, kind: str = "sd", **more
 def sdxl(family: Any = diffusers.StableDiffusionXLPipeline, *, refiner: bool = False, **more: Any) -> Any:
     """An SDXL pipeline of ``family``, base or refiner, with a U-Net of its own."""
     settings: dict[str, Any] = {
-        "vae": _parts()["vae"],
+        "vae": own_vae(),
         "text_encoder": None if refiner else _part("narrow"),
         "text_encoder_2": _part("refiner" if refiner else "narrow_2"),
         "tokenizer": None if refiner else copy.deepcopy(_tokenizer()),

@@ -33,9 +33,10 @@ class ProcessPool:
     when it is used next.
     """
 
-    def __init__(self, max_world: int = MAX_WORLD, timeout: float = 25.0) -> None:
+    def __init__(self, max_world: int = MAX_WORLD, timeout: float = 25.0, patience: float = PATIENCE) -> None:
         self.max_world = max_world
         self.timeout = timeout
+        self.patience = patience
         self.processes: list[Any] = []
         self._pipes: list[Connection] = []
 
@@ -56,10 +57,10 @@ class ProcessPool:
         outcomes: dict[int, Any] = {}
         pipes = {pipe: rank for rank, pipe in enumerate(self._pipes[:world])}
         while pipes:
-            ready = wait(list(pipes), PATIENCE)
+            ready = wait(list(pipes), self.patience)
             if not ready:
                 self.stop()
-                raise TimeoutError(f"ranks {sorted(pipes.values())} did not answer within {PATIENCE:g} s")
+                raise TimeoutError(f"ranks {sorted(pipes.values())} did not answer within {self.patience:g} s")
             for pipe in ready:
                 rank = pipes.pop(pipe)
                 try:

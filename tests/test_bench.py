@@ -18,7 +18,7 @@ from distrifusion.bench.memory import PeakMemory
 from distrifusion.bench.plan import Case, Plan, cases_for, parse_sizes
 from distrifusion.bench.start import measure
 from distrifusion.bench.summary import summary, table
-from distrifusion.bench.workload import SHAPES, check_name, load
+from distrifusion.bench.workload import SHAPES, VAES, check_name, load
 from distrifusion.cli import run
 
 DISTRIFUSION = ["-m", "distrifusion", "bench"]
@@ -48,7 +48,12 @@ def test_cases_put_the_bare_model_first_and_one_rank_once() -> None:
 
 @pytest.mark.parametrize(
     ("name", "millions", "output"),
-    [("sdxl-mini", 33, (1, 4, 8, 6)), ("flux-mini", 50, (1, 12, 64)), ("pixart-mini", 50, (1, 8, 8, 6))],
+    [
+        ("sdxl-mini", 33, (1, 4, 8, 6)),
+        ("flux-mini", 50, (1, 12, 64)),
+        ("pixart-mini", 50, (1, 8, 8, 6)),
+        ("vae-mini", 3.1, (1, 3, 64, 48)),
+    ],
 )
 def test_mini_shapes_have_the_said_size_and_run(name: str, millions: float, output: tuple[int, ...]) -> None:
     work = load(name, 16, 16).resized(8, 6)
@@ -70,6 +75,31 @@ def test_codecs_multiply_the_cases_that_send_something() -> None:
     assert (cases[3].config.codec, cases[3].config.context_window) == ("int8", 0.5)
 
 
+def test_a_balance_is_asked_of_every_case_of_several_ranks(tiny: str) -> None:
+    cases = cases_for(["displaced", "naive"], [1, 2], 1, balance="measured")
+    names = ["bare model", "displaced", "displaced balance measured", "naive balance measured"]
+    assert [case.name for case in cases] == names
+    # Of the two steps more before the timed ones, the second is measured, so that the timed ones are displaced still.
+    assert [case.num_untimed for case in cases] == [2, 2, 4, 4]
+    plan = Plan(tiny, ((128, 128),), 1, (Case(None), cases[2], Case("sync", 2, balance="3,1")), rounds=1, steps=1)
+    rows = found_of(Plan.from_dict(json.loads(json.dumps(plan.as_dict()))))["cases"]
+    assert rows[1]["messages_per_step"] <= 8 < rows[2]["messages_per_step"]
+
+
+def test_a_vae_is_measured_by_its_decode(monkeypatch: pytest.MonkeyPatch) -> None:
+    # Ranks that are threads draw their weights at the same time: without this convolution they decode the same values.
+    shape = {**VAES["vae-mini"], "block_out_channels": (32,) * 4, "use_post_quant_conv": False}
+    monkeypatch.setitem(VAES, "tiny", shape)
+    rows = found_of(Plan("tiny", ((64, 64),), 1, cases_for(["sync"], [1, 2], 1), rounds=1, steps=1))["cases"]
+    bare, alone, two = rows
+    assert (bare["messages_per_step"], alone["messages_per_step"]) == (0, 0)
+    decoder = load("tiny", 8, 8).model.decoder
+    wide = [m for m in decoder.modules() if isinstance(m, torch.nn.Conv2d) and m.kernel_size == (3, 3)]
+    norms = [m for m in decoder.modules() if isinstance(m, torch.nn.GroupNorm)]
+    assert two["messages_per_step"] == len(wide) - 1 + len(norms) + 2  # K and V, and the picture
+    assert two["bytes_per_step"] > 3 * 32 * 64 * 4
+
+
 def test_measures_every_case_and_counts_what_is_sent(tiny: str) -> None:
     plan = Plan(tiny, ((128, 128),), 1, cases_for(["sync", "displaced", "naive"], [1, 2, 3], 1), rounds=2, steps=2)
     found = found_of(plan)
@@ -82,6 +112,8 @@ def test_measures_every_case_and_counts_what_is_sent(tiny: str) -> None:
         assert rows["displaced", world]["bytes_per_step"] >= rows["sync", world]["bytes_per_step"] > 0
     for row in rows.values():
         assert row["seconds_per_step"] > 0
+        assert 0 <= row["slot_bytes"] <= 2 * row["bytes_per_step"]
+        assert (row["slot_bytes"] > 0) == (row["strategy"] == "displaced" and row["world"] > 1)
         assert row["share_of_linear"] == pytest.approx(row["speedup"] / row["world"], abs=2e-3)
         assert len(row["peak_memory_per_rank"]) == row["world"]
     assert json.loads(json.dumps(found))["bench"]["model"] == "tiny"
@@ -127,7 +159,8 @@ def test_the_table_shows_every_row_and_says_what_is_not_known() -> None:
     assert "sdxl-mini, 1024 x 768, 64 x 64 px, batch 1, float32, cpu over gloo" in lines[0]
     (row,) = [line for line in lines if "sync" in line]
     assert [cell.strip() for cell in row.split("│")[1:-1]] == [
-        *("sync", "1024 x 768", "2", "1.000", "0.0%", "2.00", "-", "100%", "2.000", "0.100", "103", "1.0 MiB", "-"),
+        *("sync", "1024 x 768", "2", "1.000", "0.0%", "2.00", "-", "100%", "2.000", "0.100", "103", "1.0 MiB"),
+        *("0 B", "-"),
     ]
     assert "3.00 GiB" in capture.get()
 
@@ -178,6 +211,8 @@ def test_sizes() -> None:
         (["--strategy", "fast"], "strategy='fast' must be one of 'sync', 'displaced', 'naive'"),
         (["--codec", "int3"], "codec='int3' must be one of 'fp16'"),
         (["--context-window", "2"], "context_window=2.0 must be None or a number from 0 to 1"),
+        (["--balance", "2;1"], "balance='2;1' must be None, 'measured', or a positive number for each rank"),
+        (["--balance", "2,1", "--world", "3"], "balance=2,1 has 2 weights for 3 ranks along the picture"),
         (["--world", "0"], "--world 0 must be at least 1"),
         (["--height", "100"], "--height 100 must be a multiple of 8"),
         (["--size", "512", "--size", "512x100"], "--width 100 must be a multiple of 8"),

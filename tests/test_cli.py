@@ -57,12 +57,12 @@ def test_commands_and_flags() -> None:
     }
     assert flags == {
         "bench": [
-            *("--batch", "--codec", "--context-window", "--device", "--dtype", "--height", "--json", "--model"),
-            *("--plot", "--rounds", "--size", "--steps", "--strategy", "--trace", "--width", "--world"),
+            *("--balance", "--batch", "--codec", "--context-window", "--device", "--dtype", "--height", "--json"),
+            *("--model", "--plot", "--rounds", "--size", "--steps", "--strategy", "--trace", "--width", "--world"),
         ],
         "generate": [
-            *("--cfg", "--codec", "--context-window", "--device", "--dtype", "--group-norm", "--guidance-scale"),
-            *("--height", "--json", "--model"),
+            *("--balance", "--cfg", "--codec", "--context-window", "--device", "--dtype", "--group-norm"),
+            *("--guidance-scale", "--height", "--json", "--model"),
             *("--negative-prompt", "--nproc", "--output", "--patch", "--seed", "--split", "--steps", "--strategy"),
             *("--warmup-steps", "--width", "-o", "prompt"),
         ],
@@ -98,6 +98,9 @@ def test_help_and_version_need_no_torch() -> None:
         (["--cfg", "3"], "cfg=3 must be 1 or 2"),
         (["--nproc", "3", "--cfg", "2"], "a world of 3 does not fit cfg=2"),
         (["--nproc", "0"], "nproc=0 must be"),
+        (["--balance", "2,0"], "balance='2,0' must be None, 'measured', or a positive number for each rank"),
+        (["--balance", "2,1,1", "--nproc", "2"], "balance=2,1,1 has 3 weights for 2 ranks along the picture"),
+        (["--balance", "measured", "--warmup-steps", "0"], "balance='measured' with warmup_steps=0 leaves no step to"),
         (["--model", "nowhere"], "model 'nowhere' is neither a folder with a model_index.json nor a hub id"),
         (["--height", "63"], "height=63 must be a multiple of 8, or the VAE cannot take it: 56 or 64 fits"),
         (["--height", "8", "--nproc", "5"], "4 rows of latent cannot be split over 5 ranks: the largest world"),

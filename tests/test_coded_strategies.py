@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-from math import prod
 from typing import Any
 
 import pytest
 import torch
 from diffusers import UNet2DConditionModel
-from diffusers.models.attention_processor import Attention
-from torch import Tensor, nn
+from torch import Tensor
 
 import distrifusion as df
 from distrifusion.bench.workload import SHAPES as BENCH_SHAPES
@@ -19,7 +17,6 @@ from distrifusion.metrics import Report
 from models import build, conditioning, distance, latents
 
 EXACT = 1e-5  # another order of float32 sums; see test_layers.py
-BITS = {"fp16": 16, "bf16": 16, "int8": 8, "int4": 4, "int2": 2, "1bit": 1}
 STRATEGIES = ["sync", "displaced"]
 
 
@@ -190,7 +187,7 @@ def test_the_cfg_split_says_that_it_has_nothing_to_code() -> None:
     results, report, _ = held("sd15", config(codec="1bit", cfg=2), 2, latents("sd15", 2, 16, 16), 2)[0]
     truth = build("sd15")(latents("sd15", 2, 16, 16), 500, **conditioning("sd15", 2)).sample
     assert all(distance(result, truth) <= EXACT for result in results)
-    assert report.notes == ["codec=1bit", "no patches, so no codec and no window"]
+    assert report.notes == ["codec=1bit does nothing without patches"]
 
 
 def test_ranks_with_different_codecs_are_told_so() -> None:
@@ -201,84 +198,7 @@ def test_ranks_with_different_codecs_are_told_so() -> None:
         df.run_ranks(2, rank)
 
 
-# --- what is sent ---
-
-
-def seams(name: str, sample: Tensor) -> list[tuple[nn.Module, Tensor]]:
-    """(layer, what it is given) of every layer that looks beyond its position, seen on one device."""
-    model, found = build(name), []
-
-    def noted(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        if kwargs.get("encoder_hidden_states") is None:
-            found.append((module, args[0]))
-
-    for key, module in model.named_modules():
-        wide = isinstance(module, nn.Conv2d) and module.kernel_size != (1, 1) and key != "conv_in"
-        if wide or isinstance(module, nn.GroupNorm | Attention):
-            module.register_forward_pre_hook(noted, with_kwargs=True)
-    model(sample, 500, **conditioning(name, sample.shape[0]))
-    return found
-
-
-def coded(codec: str | None, shape: tuple[int, ...]) -> int:
-    """Bytes of a float32 tensor on the wire, by hand: 16 of header, a factor per row and column, the bits."""
-    if codec is None:
-        return prod(shape) * 4
-    rows, cols = min(((prod(shape[:i]), prod(shape[i:])) for i in range(1, len(shape))), key=sum)
-    scales = {16: 0, 8: 2 * (rows + cols), 4: 2 * (rows + cols)}.get(BITS[codec], 2 + rows + cols)
-    return 16 + aligned(scales + -(-rows * cols * BITS[codec] // 8))
-
-
-def aligned(num_bytes: int) -> int:
-    return -(-num_bytes // 16) * 16
-
-
-@pytest.mark.parametrize("codec", [None, *CODECS])
-@pytest.mark.parametrize("world", [2, 4])
-@pytest.mark.parametrize("window", [None, 0.5])
-def test_messages_and_bytes_are_predicted(world: int, codec: Any, window: float | None) -> None:
-    """Even patches on multiples of 2^levels: each 3 x 3 convolution needs one row, and nothing is padded."""
-    name, sample = "time-cond", latents("time-cond", 2, 16, 16)
-    batch, channels, height, width = sample.shape
-    layers = seams(name, sample)
-    for strategy in STRATEGIES:
-        ran = held(name, config(strategy=strategy, codec=codec, context_window=window), world, sample, 2)
-        for rank, (_, report, meters) in enumerate(ran):
-            num_neighbours = (rank > 0) + (rank < world - 1)
-            halos: list[int] = []
-            moments: list[int] = []
-            contexts: list[int] = []  # bytes for each that gets them
-            for layer, x in layers:
-                if isinstance(layer, nn.Conv2d):
-                    upwards = rank > 0 and layer.stride == (1, 1)
-                    row = coded(codec, (batch, x.shape[1], 1, x.shape[3]))
-                    halos += [row] * (upwards + (rank < world - 1))
-                elif isinstance(layer, nn.GroupNorm):
-                    moments.append((1 + 2 * batch * layer.num_groups) * 4)
-                else:
-                    kv = 2 * layer.to_k.out_features
-                    num_tokens = x.shape[1] if x.ndim == 3 else x.shape[2] * x.shape[3]
-                    across = {256: 16, 64: 8}[num_tokens]
-                    rows = num_tokens // across // world
-                    if window is None:
-                        contexts.append(coded(codec, (batch, rows * across, kv)))
-                    else:
-                        contexts.append(coded(codec, (batch, -(-rows // 2), across, kv)))
-            receivers = world - 1 if window is None else num_neighbours
-            output = (batch * channels * height // world * width + 64) * 4 * (world - 1)
-            if strategy == "sync":
-                wanted = {
-                    "halo": sum(halos),
-                    "moments": sum(moments) * (world - 1),
-                    "context": sum(contexts) * receivers,
-                    "output": output,
-                }
-            else:
-                chunk = sum(map(aligned, halos)) + sum(map(aligned, moments)) * (world - 1)
-                wanted = {"chunk": chunk + sum(map(aligned, contexts)) * receivers, "output": output}
-                assert report.messages[1] <= 8
-            assert dict(meters[1].bytes) == wanted
-            assert report.bytes[1] == sum(wanted.values())
+# --- what is sent: how many bytes is in test_traffic.py ---
 
 
 @pytest.mark.parametrize(("world", "codec"), [(2, "fp16"), (3, "int4"), (5, "1bit"), (7, "int8")])

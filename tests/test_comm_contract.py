@@ -45,6 +45,20 @@ def assert_same(got: Any, wanted: Any) -> None:
         assert torch.equal(one, other)
 
 
+# --- what it says of itself
+
+
+def says_the_same_of_its_wire(comm: Comm) -> None:
+    assert comm.all_gather_object((comm.wire, comm.is_slow)) == [(comm.wire, comm.is_slow)] * comm.world
+    part = comm.split([[rank] for rank in range(comm.world)])
+    assert not part.is_slow  # alone
+
+
+@pytest.mark.parametrize("world", WORLDS)
+def test_ranks_agree_on_what_their_wire_is(ranks, world):
+    ranks.run(world, says_the_same_of_its_wire)
+
+
 # --- swap
 
 
@@ -143,6 +157,13 @@ def gathers(comm: Comm, sizes: list[int]) -> None:
         result = comm.all_gather(own, sizes, kind="context").wait()
         assert_same(result, [numbers(rank, size=size, dtype=dtype) for rank, size in enumerate(sizes)])
         assert torch.equal(own, numbers(comm.rank, size=sizes[comm.rank], dtype=dtype))
+        into = torch.zeros(comm.world, max(sizes), dtype=dtype)
+        rows = comm.all_gather(own, sizes, kind="context", into=into).wait()
+        assert_same(rows, result)
+        if comm.world > 1 and any(sizes):  # else nothing travels
+            assert sorted(row.data_ptr() for row in rows if row.numel()) == sorted(
+                into[rank].data_ptr() for rank, size in enumerate(sizes) if size
+            )
 
 
 @pytest.mark.parametrize("world", WORLDS)
@@ -219,6 +240,14 @@ def routes(comm: Comm, shared: list[int]) -> None:
     num_bytes = sum(to.values()) + (3 + max(shared)) * (comm.world - 1)
     assert comm.meter.messages == {"chunk": 5 * messages}
     assert comm.meter.bytes == {"chunk": 5 * num_bytes}
+    # What is sent and what is received, once; through shared memory what is sent, twice, in messages of whole pages.
+    held, heard = sum(route.num_bytes for route in opened), sum(from_.values())
+    rows = (3 + max(shared)) * (1 + comm.world)
+    if type(opened[0]).__name__ == "SharedRoute":
+        own = sum(to.values()) + 3 + shared[comm.rank]
+        assert 2 * own <= held <= 2 * own + 2 * 4096 * (len(to) + 3)
+    else:
+        assert held == sum(to.values()) + heard + rows
 
 
 def check_inbox(comm: Comm, box: Any, layout: Layout, turn: int, place: int) -> None:

@@ -17,9 +17,9 @@ def test_the_defaults_are_the_papers() -> None:
         "group_norm": "corrected",
         "codec": None,
         "context_window": None,
-        "pipe": None,
-        "stage_cost": "counted",
         "text_encoders": "once",
+        "balance": None,
+        "pipe": None,
     }
 
 
@@ -28,7 +28,8 @@ def test_the_defaults_are_the_papers() -> None:
 @pytest.mark.parametrize("group_norm", ["corrected", "carried", "stale", "separate", "sync"])
 def test_every_choice_is_accepted(strategy: str, split: str, group_norm: str) -> None:
     config = ParallelConfig(strategy=strategy, split=split, group_norm=group_norm, cfg=2, patch=3, warmup_steps=0)
-    assert str(config) == f"strategy={strategy} cfg=2 patch=3 split={split} warmup_steps=0 group_norm={group_norm}"
+    start = f"strategy={strategy} cfg=2 patch=3 split={split} warmup_steps=0 text_encoders=once"
+    assert str(config) == f"{start} group_norm={group_norm}"
 
 
 @pytest.mark.parametrize(
@@ -36,18 +37,21 @@ def test_every_choice_is_accepted(strategy: str, split: str, group_norm: str) ->
     [
         ({"strategy": "fast"}, r"strategy='fast' must be one of 'sync', 'displaced', 'naive'"),
         ({"strategy": None}, r"strategy=None must be one of"),
-        ({"strategy": "shifted"}, r"strategy='shifted' is not built yet"),
+        (
+            {"strategy": "shifted"},
+            r"strategy='shifted' is not built yet; choose one of 'sync', 'displaced', 'naive'",
+        ),
         (
             {"strategy": "pipelined", "patch": 2},
-            r"patch=2 does not go with strategy='pipelined', whose ranks",
+            r"patch=2 does not go with strategy='pipelined', whose ranks are stages",
         ),
         ({"strategy": "sync", "pipe": 2}, r"pipe=2 goes with strategy='pipelined' only, not with 'sync'"),
         ({"strategy": "pipelined", "pipe": 0}, r"pipe=0 must be a whole number of at least 1"),
+        ({"strategy": "pipelined", "codec": "int8"}, r"codec='int8' does nothing under strategy='pipelined', which h"),
         (
-            {"strategy": "pipelined", "codec": "int8"},
-            r"codec='int8' does nothing under strategy='pipelined', which h",
+            {"strategy": "pipelined", "balance": (2, 1)},
+            r"balance='2,1' are weights of patches, which",
         ),
-        ({"stage_cost": "guessed"}, r"stage_cost='guessed' must be one of 'counted', 'measured'"),
         ({"strategy": "tensor"}, r"strategy='tensor' is not built yet"),
         ({"split": "columns"}, r"split='columns' must be one of 'rows', 'cols'"),
         (
@@ -85,6 +89,21 @@ def test_every_choice_is_accepted(strategy: str, split: str, group_norm: str) ->
         ({"context_window": float("nan")}, r"context_window=nan must be"),
         ({"context_window": True}, r"context_window=True must be"),
         ({"context_window": "0.5"}, r"context_window='0\.5' must be"),
+        ({"balance": (2, 0)}, r"balance=\(2, 0\) must be None, 'measured', or a positive number for each rank along"),
+        ({"balance": (2, -1)}, r"balance=\(2, -1\) must be .* such as \(2, 1, 1\) or '2,1,1'"),
+        ({"balance": (1, float("inf"))}, r"balance=\(1, inf\) must be"),
+        ({"balance": (1, float("nan"))}, r"balance=\(1, nan\) must be"),
+        ({"balance": (1, 10**400)}, r"balance=\(1, 1000"),
+        ({"balance": (True, 1)}, r"balance=\(True, 1\) must be"),
+        ({"balance": (1, None)}, r"balance=\(1, None\) must be"),
+        ({"balance": ()}, r"balance=\(\) must be"),
+        ({"balance": {2, 1}}, r"balance=\{1, 2\} must be"),
+        ({"balance": 2}, r"balance=2 must be"),
+        ({"balance": ""}, r"balance='' must be"),
+        ({"balance": "2;1"}, r"balance='2;1' must be"),
+        ({"balance": "2,,1"}, r"balance='2,,1' must be"),
+        ({"balance": "fast"}, r"balance='fast' must be"),
+        ({"balance": "measured", "warmup_steps": 0}, r"balance='measured' with warmup_steps=0 leaves no step"),
     ],
 )
 def test_a_bad_value_is_named_with_what_would_be_right(values: dict[str, object], message: str) -> None:
@@ -139,8 +158,30 @@ def test_the_window_is_said_where_it_is_set() -> None:
     assert str(ParallelConfig(codec="int8", context_window=0.3)).endswith(" codec=int8 context_window=0.3")
 
 
+@pytest.mark.parametrize(
+    ("balance", "text", "weights"),
+    [
+        (None, None, None),
+        ("measured", "measured", None),
+        ((2, 1, 1), "2,1,1", (2.0, 1.0, 1.0)),
+        ([2.0, 1, 1.0], "2,1,1", (2.0, 1.0, 1.0)),
+        ("2, 1,1", "2,1,1", (2.0, 1.0, 1.0)),
+        ((1.5, 0.1), "1.5,0.1", (1.5, 0.1)),
+        ((1 / 3, 1e-300), "0.3333333333333333,1e-300", (1 / 3, 1e-300)),
+        ("3", "3", (3.0,)),
+    ],
+)
+def test_a_balance_has_one_form_however_it_is_given(
+    balance: object, text: str | None, weights: tuple[float, ...] | None
+) -> None:
+    config = ParallelConfig(balance=balance)
+    assert (config.balance, config.weights) == (text, weights)
+    assert ParallelConfig(balance=config.balance) == config
+    assert hash(config) == hash(ParallelConfig(balance=text))
+    assert str(config).endswith(f" balance={text}" if text else "group_norm=corrected")
+
+
 def test_stages_say_what_matters_to_them() -> None:
     config = ParallelConfig(strategy="pipelined", cfg=2, pipe=3, warmup_steps=0)
-    assert str(config) == "strategy=pipelined cfg=2 pipe=3 warmup_steps=0"
-    config = ParallelConfig(strategy="pipelined", stage_cost="measured")
-    assert str(config) == "strategy=pipelined cfg=1 pipe=all warmup_steps=4 stage_cost=measured"
+    assert str(config) == "strategy=pipelined cfg=2 pipe=3 warmup_steps=0 text_encoders=once"
+    assert str(ParallelConfig(strategy="pipelined", balance="measured")).endswith(" balance=measured")

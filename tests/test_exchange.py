@@ -214,7 +214,7 @@ def test_absent_gives_zeros_for_rows_and_nothing_else_and_sends_nothing() -> Non
 
 
 def test_only_absent_hides_the_latents() -> None:
-    assert (Fresh.sees_latents, Stale.sees_latents, Absent.sees_latents) == (True, True, False)
+    assert (Fresh.sees_peers, Stale.sees_peers, Absent.sees_peers) == (True, True, False)
     assert (Fresh.kind, Stale.kind, Absent.kind) == ("sync", "displaced", "naive")
 
 

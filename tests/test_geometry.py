@@ -1,6 +1,7 @@
 """Who owns which rows and who borrows which: checked by reading every row through the plan, for all kinds of layers."""
 
 import itertools
+from typing import Any
 
 import pytest
 
@@ -85,15 +86,57 @@ def test_even_prefers_aligned_patches_where_balance_allows() -> None:
     assert Split.even(20, 2, 8).sizes == (10, 10)  # 16 + 4 would be aligned, and 60 % slower
 
 
+@pytest.mark.parametrize("size", range(5, 70, 4))
+@pytest.mark.parametrize("world", [1, 2, 3, 5])
+def test_equal_weights_hand_out_whole_units_one_after_the_other(size: int, world: int) -> None:
+    base, extra = divmod(size, world)
+    assert Split.weighted(size, (0.3,) * world).sizes == tuple(base + (i < extra) for i in range(world))
+
+
+WEIGHTS = [(2.0, 1.0, 1.0), (1.0, 3.0), (5.0, 1.0, 1.0, 1.0, 2.0), (0.1, 7.0, 0.1), (1e-9, 1.0, 1e9)]
+
+
+@pytest.mark.parametrize("weights", WEIGHTS)
+@pytest.mark.parametrize("size", [5, 6, 7, 11, 16])
+def test_no_other_rows_let_the_slowest_patch_end_sooner(weights: tuple[float, ...], size: int) -> None:
+    """Of all ways to give each patch a row or more, tried one by one."""
+    ends = itertools.combinations(range(1, size), len(weights) - 1)
+    ways = [[b - a for a, b in itertools.pairwise((0, *inner, size))] for inner in ends]
+
+    def pace(rows: Any) -> float:
+        return max(count / weight for count, weight in zip(rows, weights, strict=True))
+
+    found = Split.weighted(size, weights)
+    assert found.size == size
+    assert min(found.sizes) >= 1
+    assert pace(found.sizes) == min(map(pace, ways))
+
+
+@pytest.mark.parametrize("weights", WEIGHTS)
+@pytest.mark.parametrize("size", [16, 37, 64, 128])
+def test_weighted_patches_are_aligned_only_where_that_costs_little(weights: tuple[float, ...], size: int) -> None:
+    found, exact = Split.weighted(size, weights, 8), Split.weighted(size, weights)
+    paces = [max(rows / w for rows, w in zip(split.sizes, weights, strict=True)) for split in (found, exact)]
+    assert paces[0] <= max(paces[1], 9 / 8 * size / sum(weights))
+
+
+def test_weighted_prefers_aligned_patches_where_balance_allows() -> None:
+    assert Split.weighted(64, (2.0, 1.0, 1.0), 8).sizes == (32, 16, 16)
+    assert Split.weighted(128, (5.0, 1.0, 1.0, 1.0, 2.0), 8).sizes == (68, 12, 12, 12, 24)
+    assert Split.weighted(16, (1000.0, 1.0, 1.0), 8).sizes == (14, 1, 1)  # everyone has a row
+    with pytest.raises(ConfigError, match="2 rows of latent cannot be split over 3 ranks"):
+        Split.weighted(2, (2.0, 1.0, 1.0))
+
+
 def test_levels_follow_the_downsamplers() -> None:
     three, valid = Window(3, 2, (1, 1)), Window(2, 2)
-    levels = Levels.down(13, 9, 3, [three, valid], [three, valid])
+    levels = Levels.down(13, 9, (1.0, 1.0, 1.0), [three, valid], [three, valid])
     assert [split.size for split in levels.splits] == [13, 7, 3]
     assert levels.across == (9, 5, 2)
     for upper, lower in itertools.pairwise(levels.splits):
         assert upper.num_patches == lower.num_patches == 3
     with pytest.raises(ConfigError, match="too small"):
-        Levels.down(2, 9, 1, [valid, valid], [valid, valid])
+        Levels.down(2, 9, (1.0,), [valid, valid], [valid, valid])
 
 
 def test_spans_intersect() -> None:

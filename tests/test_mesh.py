@@ -39,6 +39,14 @@ def test_a_world_that_is_not_the_product_is_named(cfg: int, patch: int | None, w
         Mesh.fit(ParallelConfig(cfg=cfg, patch=patch), world)
 
 
+@pytest.mark.parametrize(("cfg", "world", "num"), [(1, 2, 2), (1, 1, 1), (2, 4, 2), (2, 2, 1)])
+def test_a_balance_has_a_weight_for_each_rank_along_the_picture(cfg: int, world: int, num: int) -> None:
+    message = rf"balance=2,1,1 has 3 weights for {num} ranks along the picture: give one for each"
+    with pytest.raises(ConfigError, match=message):
+        Mesh.fit(ParallelConfig(cfg=cfg, balance=(2, 1, 1)), world)
+    assert Mesh.fit(ParallelConfig(cfg=cfg, balance=(2, 1, 1)), 3 * cfg).sizes == (cfg, 1, 3)
+
+
 def test_the_ranks_of_a_patch_group_are_consecutive() -> None:
     mesh = Mesh((2, 1, 3))
     assert mesh.groups("patch") == [[0, 1, 2], [3, 4, 5]]

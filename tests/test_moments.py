@@ -4,6 +4,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from distrifusion import moments
 from distrifusion.moments import CARRY, carry, combine, correct, measure
 
 
@@ -24,6 +25,14 @@ def test_the_layout_is_count_means_variances() -> None:
     packed = measure(torch.tensor([[1.0, 3.0], [5.0, 5.0]]))
     assert packed.tolist() == [2.0, 2.0, 5.0, 1.0, 0.0]
     assert packed.dtype == torch.float32
+
+
+def test_a_large_patch_is_measured_in_chunks_of_whole_groups(monkeypatch: pytest.MonkeyPatch) -> None:
+    groups = noise(7, 50) * torch.arange(1.0, 8.0)[:, None] + 3
+    at_once = measure(groups)
+    for chunk in (1, 100, 120, 10_000):
+        monkeypatch.setattr(moments, "CHUNK", chunk)
+        assert torch.equal(measure(groups), at_once)
 
 
 @pytest.mark.parametrize("cuts", [(12,), (5, 7), (1, 10, 1), (0, 12), (3, 0, 9), (4, 4, 4)])

@@ -118,6 +118,7 @@ def carries(comm, where_not):
     assert heard == {peer: [peer] for peer in peers}
     assert part.all_gather_object(part.rank) == list(range(part.world))
     wire, kind = part.wire, type(route).__name__
+    assert part.is_slow == (wire == "gloo")
     part.close()
     return wire, kind
 
@@ -158,7 +159,7 @@ def test_a_peer_at_another_turn_of_a_route_is_told():
         def wait(self):
             self.into[1].fill_(7)
 
-    route = SharedRoute([None, None], [None, None], [1], lambda sends, recvs: Heard(recvs), lambda: None)
+    route = SharedRoute([None, None], [None, None], [1], lambda sends, recvs: Heard(recvs), lambda: None, 0)
     route.launch()
     with pytest.raises(df.RanksDisagree, match="rank 1 of the group is at turn 7 of a route, not 1"):
         route.wait()

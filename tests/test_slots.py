@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import platform
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -124,6 +126,7 @@ def test_values_arrive_one_step_late_and_unmixed(world: int, num: int, network: 
                 # What is being sent does not touch what was received, also for the name that fills its chunk.
                 assert_equal(found, expected(comm, name, step - 1), f"{name.key} after its post in step {step}")
             assert slots.finish()
+            slots.depart()
             messages.append(sum(comm.meter.messages.values()))
             assert set(comm.meter.messages) <= {"chunk"}
         slots.drain()
@@ -162,6 +165,7 @@ def test_two_ranks_say_all_of_it_in_one_message_per_chunk() -> None:
             slots.read(name.key)
             say(comm, slots, name, 1)
         assert slots.finish()
+        slots.depart()
         slots.drain()
         assert dict(comm.meter.messages) == {"chunk": MAX_CHUNKS}
         assert dict(comm.meter.links) == {("chunk", 1 - comm.rank): MAX_CHUNKS}  # so none was a collective
@@ -183,10 +187,54 @@ def test_slots_hold_one_steps_bytes_and_keep_holding_them(world: int) -> None:
                 slots.read(name.key)
                 say(comm, slots, name, step)
             slots.finish()
+            slots.depart()
             assert slots.num_bytes == one_step
         slots.drain()
 
     df.run_ranks(world, rank)
+
+
+def memory(comm: Comm, wire: str) -> tuple[int, int]:
+    """Bytes that the slots hold on this rank, in every displaced step alike, and those that it sends in one."""
+    if wire == "gloo":
+        os.environ["DISTRIFUSION_SHARED_MEMORY"] = "0"
+    try:
+        comm = comm.split([list(range(comm.world))])
+    finally:
+        os.environ.pop("DISTRIFUSION_SHARED_MEMORY", None)
+    assert comm.wire == wire
+    slots = Slots(comm)
+    everything = [Name(f"{i}", i % 2 == 0, 30_000 + 1_000 * i, torch.float32) for i in range(8)]
+    learn(comm, slots, everything)
+    assert slots.memory == 0
+    held = set()
+    for step in range(1, 4):
+        comm.meter.clear()
+        for name in everything:
+            slots.read(name.key)
+            say(comm, slots, name, step)
+        slots.finish()
+        slots.depart()
+        held.add(slots.memory)
+    slots.drain()
+    comm.close()
+    assert len(held) == 1
+    return held.pop(), comm.meter.bytes["chunk"]
+
+
+@pytest.mark.parametrize("world", [2, 3, 4])
+@pytest.mark.parametrize("wire", ["threads", "gloo", "shared memory"])
+def test_slots_hold_no_more_than_twice_what_a_step_sends(request: Any, world: int, wire: str) -> None:
+    """All that is sent and all that is received, once each. Over all ranks, since who is at the border sends less."""
+    if wire == "threads":
+        found = df.run_ranks(world, lambda comm: memory(comm, wire))
+    elif wire == "shared memory" and platform.machine() not in ("x86_64", "AMD64"):
+        pytest.skip("shared memory is for x86")
+    else:
+        found = request.getfixturevalue("pool").run(memory, world, wire)
+    held, sent = map(sum, zip(*found, strict=True))
+    pages = 2 * 4096 * 7 * world if wire == "shared memory" else 0
+    assert sent <= held <= 2 * sent + pages
 
 
 @pytest.mark.parametrize("world", [2, 3])
@@ -202,6 +250,7 @@ def test_send_and_receive_memory_are_distinct(world: int) -> None:
                 }
                 say(comm, slots, name, step)
             slots.finish()
+            slots.depart()
         slots.drain()
         sent = {
             buffer.untyped_storage().data_ptr()
@@ -226,6 +275,7 @@ def test_what_was_posted_may_be_overwritten_at_once() -> None:
             slots.post_shared("halo", words)
             words.zero_()
             assert slots.finish()
+            slots.depart()
         slots.drain()
         assert_equal(slots.read("halo"), expected(comm, name, 2), "after draining")
 
@@ -241,6 +291,7 @@ def test_a_step_that_left_out_names_says_so_and_drains(world: int) -> None:
             slots.read(name.key)
             say(comm, slots, name, 1)
         assert slots.finish()
+        slots.depart()
         for name in everything[:-5]:  # the model skips its last layers
             slots.read(name.key)
             say(comm, slots, name, 2)
@@ -270,3 +321,31 @@ def test_draining_before_the_first_displaced_step_does_nothing() -> None:
         return sum(comm.meter.messages.values()) + slots.num_bytes
 
     assert df.run_ranks(2, rank) == [0, 0]
+
+
+@pytest.mark.parametrize("world", [2, 3])
+def test_the_last_chunk_stays_until_it_is_let_go(world: int) -> None:
+    """What a step must wait for leaves before it. A step that lets nothing go does so at its next first read."""
+
+    def rank(comm: Comm) -> None:
+        everything, slots = names(40), Slots(comm)
+        learn(comm, slots, everything)
+        counts = []
+        for lets_go in (True, False):
+            for name in everything:
+                slots.read(name.key)
+                say(comm, slots, name, 1)
+            assert slots.finish()
+            counts.append(sum(comm.meter.messages.values()))
+            if lets_go:
+                slots.depart()
+            else:
+                slots.read(everything[0].key)
+            counts.append(sum(comm.meter.messages.values()))
+        before, after, before_next, after_next = counts
+        last = after - before
+        assert last > 0
+        assert (before_next, after_next) == (2 * after - last, 2 * after)
+        slots.drain()
+
+    df.run_ranks(world, rank)

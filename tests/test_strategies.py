@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
-from diffusers.models.attention_processor import Attention
 from torch import Tensor, nn
 
 import distrifusion as df
-from distrifusion.comm import Comm, Meter
+from distrifusion.comm import Comm, Meter, Tracer
 from distrifusion.metrics import Report
 from models import build, conditioning, distance, latents
 from reference import DisplacedReference, owners
@@ -159,7 +157,7 @@ def test_naive_patches_are_pictures_of_their_own(name: str, split: Any, dim: int
         assert meter.messages["output"] == 1
 
 
-# --- what each sends ---
+# --- what each sends: how many bytes is in test_traffic.py ---
 
 
 def sends(
@@ -191,78 +189,32 @@ def test_a_displaced_step_sends_at_most_8_messages(world: int, rows: int) -> Non
         assert meters[1].messages["output"] == 1
 
 
+@pytest.mark.parametrize("world", [2, 3])
+@pytest.mark.parametrize("cfg", [1, 2])
+def test_the_prediction_leaves_before_the_last_chunk(world: int, cfg: int) -> None:
+    """Everyone waits for it. Behind that chunk it would stand in line for a quarter of a step's bytes."""
+    sample, arguments = latents("sd15", 2, 24, 8), conditioning("sd15", 2)
+
+    def rank(comm: Comm) -> list[str]:
+        model = df.parallelize(build("sd15"), displaced(cfg=cfg), comm)
+        for _ in range(2):
+            comm.meter.tracer = Tracer()
+            model(sample, 500, **arguments)
+        return [message.kind for message in comm.meter.tracer.messages]
+
+    for kinds in df.run_ranks(world * cfg, rank):
+        after = kinds[kinds.index("output") + 1 :]
+        assert set(kinds[: kinds.index("output")]) == {"chunk"}
+        assert after
+        assert set(after) == {"chunk"}
+
+
 @pytest.mark.parametrize("world", [2, 3, 4, 5, 7])
 def test_halos_go_to_direct_neighbours_only(world: int) -> None:
     ran = sends("sdxl", displaced(), world, latents("sdxl", 1, 8 * world, 8), 2)
     for rank, (_, (fresh, stale)) in enumerate(ran):
         assert {peer for kind, peer in fresh.links if kind == "halo"} == {rank - 1, rank + 1} & set(range(world))
         assert {peer for _, peer in stale.links} == {rank - 1, rank + 1} & set(range(world))
-
-
-def seams(name: str, sample: Tensor) -> dict[str, tuple[nn.Module, Tensor]]:
-    """Name -> (layer, what it is given) of every layer that looks beyond its position, seen on one device."""
-    model, found = build(name), {}
-
-    def noted(key: str) -> Callable[..., None]:
-        def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            if kwargs.get("encoder_hidden_states") is None:
-                found[key] = (module, args[0])
-
-        return hook
-
-    for key, module in model.named_modules():
-        wide = isinstance(module, nn.Conv2d) and module.kernel_size != (1, 1) and key != "conv_in"
-        if wide or isinstance(module, nn.GroupNorm | Attention):
-            module.register_forward_pre_hook(noted(key), with_kwargs=True)
-    model(sample, 500, **conditioning(name, sample.shape[0]))
-    return found
-
-
-@pytest.mark.parametrize("group_norm", ["corrected", "carried", "separate", "sync"])
-@pytest.mark.parametrize("world", [2, 4])
-def test_messages_and_bytes_are_those_that_geometry_predicts(world: int, group_norm: Any) -> None:
-    """Even patches on multiples of 2^levels, so that each 3 x 3 convolution needs one row, and nothing is padded."""
-    name, sample = "sdxl", latents("sdxl", 2, 32, 16)
-    batch, channels, height, width = sample.shape
-    ran, layers = sends(name, displaced(group_norm=group_norm), world, sample, 3), seams(name, sample)
-    for rank, (report, meters) in enumerate(ran):
-        halos: list[int] = []  # bytes of each message of rows
-        shared: dict[str, list[int]] = {"moments": [], "context": []}  # bytes for each peer
-        for layer, x in layers.values():
-            if isinstance(layer, nn.Conv2d):
-                row = batch * x.shape[1] * x.shape[3] * 4
-                upwards = rank > 0 and layer.stride == (1, 1)  # a stride of 2 reads one row above its patch, none below
-                halos += [row] * (upwards + (rank < world - 1))
-            elif isinstance(layer, nn.GroupNorm):
-                shared["moments"].append((1 + 2 * batch * layer.num_groups) * 4)
-            else:
-                shared["context"].append(batch * x.shape[1] // world * 2 * layer.to_k.out_features * 4)
-        output = (batch * channels * height // world * width + 64) * 4 * (world - 1)  # with 64 latents to compare
-
-        fresh = {
-            "halo": sum(halos),
-            "output": output,
-            **{kind: sum(parts) * (world - 1) for kind, parts in shared.items()},
-        }
-        assert {kind: count for kind, count in meters[0].bytes.items() if kind != "control"} == fresh
-        counts = {"halo": len(halos), "output": 1, **{kind: len(parts) for kind, parts in shared.items()}}
-        assert {kind: count for kind, count in meters[0].messages.items() if kind != "control"} == counts
-        assert report.bytes[0] == sum(fresh.values())
-        assert report.messages[0] == sum(counts.values())
-
-        late = shared["context"] + (shared["moments"] if group_norm in ("corrected", "carried") else [])
-        chunks = sum(map(aligned, halos)) + sum(map(aligned, late)) * (world - 1)
-        stale = {"chunk": chunks, "output": output}
-        if group_norm == "sync":
-            stale["moments"] = fresh["moments"]
-        for i in (1, 2):
-            assert dict(meters[i].bytes) == stale
-            assert report.bytes[i] == sum(stale.values())
-
-
-def aligned(num_bytes: int) -> int:
-    """Words lie on multiples of 16 bytes within a message."""
-    return -(-num_bytes // 16) * 16
 
 
 # --- pictures, sizes, dtypes ---

@@ -68,6 +68,8 @@ def test_a_plan_names_what_its_class_has(plan: Plan) -> None:
     modules = [name for model in models for name, _ in model.named_modules()]
     # Not `texts`: some belong to adapters, and an attention that no pattern names is refused.
     patterns = [*plan.entries, *plan.seams, *plan.sums, *plan.inputs, *plan.convs, *plan.sides, plan.exit]
+    # Not those of `prompts` for pictures beside the text, or made by fusing projections.
+    patterns += [name for name in plan.prompts if name.endswith((".to_k", ".to_v", "_projection", "text_embedder"))]
     assert [pattern for pattern in patterns if not fnmatch.filter(modules, pattern)] == []
 
 

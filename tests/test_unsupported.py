@@ -22,6 +22,7 @@ from torch import Tensor, nn
 import distrifusion as df
 from distrifusion.models import supported
 from distrifusion.models.plans import PLANS
+from distrifusion.models.vae import PLANS as VAES
 from models import distance
 from pipelines import DISPLACED, EXACT, NUMPY_WARNINGS, SYNC, UNETS, check, drawing, sample, sd, unet
 
@@ -404,26 +405,11 @@ def test_a_model_offloaded_whole() -> None:
     df.run_ranks(2, rank)
 
 
-def test_a_compiled_unet() -> None:
-    def compiled() -> Any:
-        pipe = sd()
-        pipe.unet = torch.compile(pipe.unet, backend="eager")
-        return pipe
-
-    truth = sample(sd())
-
-    def rank(comm: Any) -> list[str]:
-        pipe = df.parallelize(compiled(), SYNC, comm)
-        assert distance(sample(pipe), truth) <= EXACT
-        return df.report(pipe).notes
-
-    assert df.run_ranks(2, rank) == [["torch.compile does nothing while parallel"]] * 2
-
-
 def test_what_is_said_to_be_supported_names_its_checks() -> None:
     root = Path(__file__).parent.parent
     entries = supported()
-    known = ["UNet2DConditionModel", "UNet2DModel", "ControlNetModel", *(plan.model.__name__ for plan in PLANS)]
+    denoisers = ["UNet2DConditionModel", "UNet2DModel", "ControlNetModel", *(plan.model.__name__ for plan in PLANS)]
+    known = [*denoisers, *(vae.__name__ for vae in VAES)]
     assert [entry["class"] for entry in entries] == known
     assert {entry["diffusers"] for entry in entries} == {diffusers.__version__}
     for entry in entries:

@@ -77,6 +77,9 @@ def generate(
     text_encoders: Annotated[
         str, typer.Option(help="once: each on one rank; freed: and held in memory by that one alone; every: on all.")
     ] = _DEFAULT.text_encoders,
+    balance: Annotated[
+        str | None, typer.Option(help="Rows for unequal ranks: measured, or weights such as 2,1,1. Without it, equal.")
+    ] = None,
     height: Annotated[int | None, typer.Option(help="Pixels; without it, the model's own.")] = None,
     width: Annotated[int | None, typer.Option(help="Pixels; without it, the model's own.")] = None,
     steps: Annotated[int, typer.Option(help="Denoising steps.")] = 30,
@@ -106,6 +109,7 @@ def generate(
         codec=codec,
         context_window=context_window,
         text_encoders=text_encoders,  # type: ignore[arg-type]
+        balance=balance,
     )
     from . import commands
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
@@ -12,7 +13,6 @@ from .errors import ConfigError
 StrategyName = Literal["sync", "displaced", "naive", "shifted", "pipelined", "tensor"]
 SplitDim = Literal["rows", "cols"]
 GroupNormMode = Literal["corrected", "carried", "stale", "separate", "sync"]
-StageCost = Literal["counted", "measured"]
 TextEncoders = Literal["once", "freed", "every"]
 
 BUILT: tuple[StrategyName, ...] = ("sync", "displaced", "naive", "pipelined")
@@ -20,6 +20,9 @@ BUILT: tuple[StrategyName, ...] = ("sync", "displaced", "naive", "pipelined")
 
 CODECS = ("fp16", "bf16", "int8", "int4", "int2", "1bit")
 """Codecs for what travels between ranks, see docs/codecs.md."""
+
+MEASURED = "measured"
+"""The balance that follows the speed of the ranks."""
 
 UNCODED: dict[StrategyName, str] = {
     "naive": "exchanges nothing inside the denoiser",
@@ -56,12 +59,15 @@ class ParallelConfig:
         context_window: None lets every patch attend to the whole picture. A number from 0 to 1 is the share of each
             neighbouring patch, its nearer rows, that a patch attends to beside itself (PCPP, arXiv 2412.02962);
             keys and values then go to neighbours only. Approximate, under ``sync`` too.
-        stage_cost: what is equal between the stages of ``pipelined``: ``"counted"`` arithmetic, which is the same
-            every time, or ``"measured"`` seconds of the first step of each picture, by which one and the same seed may
-            give slightly different pictures.
         text_encoders: ``"once"``: each runs on one rank, which tells the others; several are spread over the ranks.
             ``"freed"``: and the other ranks give up its memory until ``df.restore``, which is collective then.
             ``"every"``: each runs on every rank.
+        balance: rows for unequal devices; as exact as equal ones. None: equal patches. One positive number for each
+            rank along the picture, such as ``(2, 1, 1)`` or ``"2,1,1"`` (which is how it is kept): rows in proportion.
+            ``"measured"``: after ``warmup_steps`` steps of each picture, rows in proportion to the speed measured in
+            them (STADI, arXiv 2509.04719). See docs/unequal-devices.md. Under ``pipelined``: None gives all stages the
+            same amount of arithmetic; ``"measured"`` the same seconds, as each picture's first step takes them, by
+            which one and the same seed may give slightly different pictures.
 
     Raises:
         ConfigError: a value that is not one of these, printed with what would be right.
@@ -75,9 +81,9 @@ class ParallelConfig:
     group_norm: GroupNormMode = "corrected"
     codec: str | Mapping[str, str] | None = None
     context_window: float | None = None
-    pipe: int | None = None
-    stage_cost: StageCost = "counted"
     text_encoders: TextEncoders = "once"
+    balance: str | Sequence[float] | None = None
+    pipe: int | None = None
 
     def __post_init__(self) -> None:
         _one_of("strategy", self.strategy, get_args(StrategyName))
@@ -89,7 +95,6 @@ class ParallelConfig:
         _whole("cfg", self.cfg, 1)
         if self.cfg > 2:
             raise ConfigError(f"cfg={self.cfg} must be 1 or 2: guidance has two branches")
-        _one_of("stage_cost", self.stage_cost, get_args(StageCost))
         for name in ("patch", "pipe"):
             if getattr(self, name) is not None:
                 _whole(name, getattr(self, name), 1)
@@ -101,6 +106,17 @@ class ParallelConfig:
         # As text it is hashable, and the same however it was given.
         object.__setattr__(self, "codec", _codec_text(self.codec))
         _share("context_window", self.context_window)
+        object.__setattr__(self, "balance", _balance_text(self.balance))
+        if self.balance == MEASURED and self.warmup_steps < 1:
+            raise ConfigError(
+                f"balance={MEASURED!r} with warmup_steps={self.warmup_steps} leaves no step to measure: "
+                "warmup_steps must be at least 1"
+            )
+        if self.strategy == "pipelined" and self.weights is not None:
+            raise ConfigError(
+                f"balance={self.balance!r} are weights of patches, which strategy='pipelined' has not: "
+                f"leave it out, or choose {MEASURED!r}"
+            )
         for name in ("codec", "context_window"):
             why = UNCODED.get(self.strategy)
             if why is not None and getattr(self, name) is not None:
@@ -116,21 +132,29 @@ class ParallelConfig:
         return _codecs_of(self.codec) if self.codec is not None else {}
 
     @property
+    def weights(self) -> tuple[float, ...] | None:
+        """The weight of each rank along the picture, where they are given."""
+        if self.balance is None or self.balance == MEASURED:
+            return None
+        assert isinstance(self.balance, str)
+        return tuple(map(float, self.balance.split(",")))
+
+    @property
     def extras(self) -> list[str]:
-        """What was asked for beyond the strategy, as ``name=value``."""
-        names = ("codec", "context_window")
-        found = [f"{name}={getattr(self, name)}" for name in names if getattr(self, name) is not None]
-        defaults = {"text_encoders": "once", "stage_cost": "counted"}
-        values = {name: getattr(self, name) for name in defaults}
-        return found + [f"{name}={value}" for name, value in values.items() if value != defaults[name]]
+        """What was asked of the patches beyond the strategy, as ``name=value``."""
+        names = ("codec", "context_window", "balance")
+        return [f"{name}={getattr(self, name)}" for name in names if getattr(self, name) is not None]
 
     def __str__(self) -> str:
         facts = [
             f"strategy={self.strategy} cfg={self.cfg} patch={self.patch or 'all'} split={self.split} "
-            f"warmup_steps={self.warmup_steps} group_norm={self.group_norm}"
+            f"warmup_steps={self.warmup_steps} text_encoders={self.text_encoders} group_norm={self.group_norm}"
         ]
         if self.strategy == "pipelined":
-            facts = [f"strategy=pipelined cfg={self.cfg} pipe={self.pipe or 'all'} warmup_steps={self.warmup_steps}"]
+            facts = [
+                f"strategy=pipelined cfg={self.cfg} pipe={self.pipe or 'all'} warmup_steps={self.warmup_steps} "
+                f"text_encoders={self.text_encoders}"
+            ]
         return " ".join(facts + self.extras)
 
 
@@ -171,6 +195,23 @@ def _codecs_of(text: str) -> dict[str, str]:
         return dict.fromkeys(CODED_SEAMS, text)
     parts = [part.partition("=") for part in text.split(",")]
     return {seam.strip(): name.strip() for seam, _, name in parts}
+
+
+def _balance_text(balance: Any) -> str | None:
+    """``balance`` in its one normal form: ``"measured"``, or the weights as numbers with commas between them."""
+    if balance is None or (isinstance(balance, str) and balance == MEASURED):
+        return balance
+    values: Any = balance.split(",") if isinstance(balance, str) else balance
+    weights: list[float] = []
+    if isinstance(values, list | tuple):
+        with suppress(TypeError, ValueError, OverflowError):  # no number, or one too large
+            weights = [math.nan if isinstance(value, bool) else float(value) for value in values]
+    if not weights or not all(math.isfinite(weight) and weight > 0 for weight in weights):
+        raise ConfigError(
+            f"balance={balance!r} must be None, {MEASURED!r}, or a positive number for each rank along the picture, "
+            "such as (2, 1, 1) or '2,1,1'"
+        )
+    return ",".join(repr(weight).removesuffix(".0") for weight in weights)
 
 
 def _quoted(names: tuple[str, ...]) -> str:

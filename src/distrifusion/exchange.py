@@ -28,7 +28,12 @@ class Exchange(Protocol):
     """One step's policy. All ranks ask under the same keys in the same order."""
 
     kind: str  # what ran, for the report
-    sees_latents: bool  # whether a layer may read the peers' rows of the latents, which every rank has
+    sees_peers: bool  # whether anything of the peers is known, and so their rows of the latents, which every rank has
+
+    @property
+    def is_slow(self) -> bool:
+        """Whether answers take so long that a layer should first compute what it can without them."""
+        ...
 
     def begin(self) -> None:
         """Start a step."""
@@ -88,7 +93,7 @@ class Fresh(_Named):
     """
 
     kind = "sync"
-    sees_latents = True
+    sees_peers = True
 
     def __init__(
         self, comm: Comm, slots: Slots | None = None, *, keeps_moments: bool = True, wire: Wire | None = None
@@ -98,6 +103,11 @@ class Fresh(_Named):
         self._slots = slots
         self._keeps_moments = keeps_moments
         self._wire = wire if wire is not None else Wire(comm)
+
+    @property
+    def is_slow(self) -> bool:
+        """See Exchange."""
+        return self._comm.is_slow
 
     def neighbours(
         self, key: str, patch: Tensor, plan: Halo, dim: int, kind: str = "halo"
@@ -155,7 +165,8 @@ class Stale(_Named):
     """
 
     kind = "displaced"
-    sees_latents = True
+    is_slow = False
+    sees_peers = True
 
     def __init__(self, comm: Comm, slots: Slots, group_norm: GroupNormMode) -> None:
         super().__init__()
@@ -216,7 +227,8 @@ class Absent(_Named):
     """Nothing of the peers: each patch is a picture of its own, with zeros around it. Sends nothing."""
 
     kind = "naive"
-    sees_latents = False
+    is_slow = False
+    sees_peers = False
 
     def __init__(self, rank: int) -> None:
         super().__init__()

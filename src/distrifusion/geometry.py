@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
-from itertools import pairwise
+from itertools import accumulate, pairwise
 from math import ceil
 from typing import Protocol
 
@@ -47,29 +47,32 @@ class Split:
 
     @classmethod
     def even(cls, size: int, num_patches: int, unit: int = 1) -> Split:
-        """Patches as equal as possible, on multiples of ``unit`` (a power of two) where that costs no balance.
+        """Patches as equal as possible. See `weighted`."""
+        return cls.weighted(size, (1.0,) * num_patches, unit)
 
-        Patches on multiples of 2^levels stay aligned down the U-Net, which saves halos at its upsamplers. The unit is
-        halved until the largest patch is at most an eighth above the even share: the slowest rank sets the pace.
+    @classmethod
+    def weighted(cls, size: int, weights: tuple[float, ...], unit: int = 1) -> Split:
+        """Patches in proportion to ``weights``, on multiples of ``unit`` (a power of two) where that costs no balance.
+
+        With weights that are speeds, no other split of whole units lets the slowest patch end sooner; each patch has
+        rows (STADI, arXiv 2509.04719, has them in proportion to speed too). Patches on multiples of 2^levels stay
+        aligned down the U-Net, which saves halos at its upsamplers. The unit is halved until no patch takes more than
+        an eighth longer than in exact proportion: the slowest rank sets the pace.
+
+        Args:
+            size: rows in all.
+            weights: one for each patch, positive.
+            unit: rows.
 
         Raises:
             ConfigError: fewer rows than patches; says the largest world.
         """
-        if size < num_patches:
+        if size < len(weights):
             raise ConfigError(
-                f"{size} rows of latent cannot be split over {num_patches} ranks: "
+                f"{size} rows of latent cannot be split over {len(weights)} ranks: "
                 f"the largest world for this picture is {size}"
             )
-        while True:
-            num_units = -(-size // unit)
-            base, extra = divmod(num_units, num_patches)
-            bounds = [0]
-            for i in range(num_patches):
-                bounds.append(min(bounds[-1] + unit * (base + (i < extra)), size))
-            largest = max(stop - start for start, stop in pairwise(bounds))
-            if unit == 1 or (base > 0 and 8 * largest * num_patches <= 9 * size):
-                return cls(tuple(bounds))
-            unit //= 2
+        return cls(_bounds(size, weights, unit))
 
     @property
     def size(self) -> int:
@@ -94,6 +97,28 @@ class Split:
         """The split after a layer of ``stride`` that makes ``size`` rows of these."""
         inner = [min(-(-bound // stride), size) for bound in self.bounds[:-1]]
         return Split((*inner, size))
+
+
+@lru_cache(maxsize=1024)
+def _bounds(size: int, weights: tuple[float, ...], unit: int) -> tuple[int, ...]:
+    """See `Split.weighted`."""
+    while True:
+        counts = _shares(-(-size // unit), weights)
+        bounds = (0, *(min(unit * end, size) for end in accumulate(counts)))
+        rows = [stop - start for start, stop in pairwise(bounds)]
+        is_balanced = all(8 * r * sum(weights) <= 9 * size * w for r, w in zip(rows, weights, strict=True))
+        if unit == 1 or (min(counts) > 0 and is_balanced):
+            return bounds
+        unit //= 2
+
+
+def _shares(num_units: int, weights: tuple[float, ...]) -> list[int]:
+    """Units of each patch: one at least where there are so many, and each further one where it is done first."""
+    counts = [int(i < num_units) for i in range(len(weights))]
+    for _ in range(num_units - len(weights)):
+        ends = [(count + 1) / weight for count, weight in zip(counts, weights, strict=True)]
+        counts[ends.index(min(ends))] += 1
+    return counts
 
 
 class Reader(Protocol):
@@ -254,8 +279,12 @@ class Levels:
     across: tuple[int, ...]
 
     @classmethod
-    def down(cls, size: int, across: int, num_patches: int, along: Sequence[Window], other: Sequence[Window]) -> Levels:
+    def down(
+        cls, size: int, across: int, weights: tuple[float, ...], along: Sequence[Window], other: Sequence[Window]
+    ) -> Levels:
         """Levels of a model that shrinks by ``along`` (and ``other`` across) from each level to the next.
+
+        The patches have rows in proportion to ``weights``, see `Split.weighted`.
 
         Raises:
             ConfigError: fewer rows than patches, or a picture too small for the model's downsamplings.
@@ -263,7 +292,7 @@ class Levels:
         unit = 1
         for window in along:
             unit *= window.stride
-        splits, widths = [Split.even(size, num_patches, unit)], [across]
+        splits, widths = [Split.weighted(size, weights, unit)], [across]
         for window, window_across in zip(along, other, strict=True):
             smaller, narrower = window.out_size(splits[-1].size), window_across.out_size(widths[-1])
             if smaller < 1 or narrower < 1:

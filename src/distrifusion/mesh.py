@@ -23,7 +23,7 @@ class Mesh:
         """The mesh of ``config`` over ``world`` ranks.
 
         Raises:
-            ConfigError: the product of the axes is not the world.
+            ConfigError: the product of the axes is not the world, or the weights are not one for each patch.
         """
         axis, given = ("pipe", config.pipe) if config.strategy == "pipelined" else ("patch", config.patch)
         size = given if given is not None else max(world // config.cfg, 1)
@@ -31,7 +31,15 @@ class Mesh:
             asked = f"cfg={config.cfg} x {axis}={size if given is not None else 'any'}"
             fits = f"{config.cfg * given} ranks" if given is not None else f"a multiple of {config.cfg} ranks"
             raise ConfigError(f"a world of {world} does not fit {asked}: start {fits}, or change the product")
-        return cls((config.cfg, size, 1) if axis == "pipe" else (config.cfg, 1, size))
+        if axis == "pipe":
+            return cls((config.cfg, size, 1))
+        weights = config.weights
+        if weights is not None and len(weights) != size:
+            raise ConfigError(
+                f"balance={config.balance} has {len(weights)} weights for {size} ranks along the picture: "
+                "give one for each"
+            )
+        return cls((config.cfg, 1, size))
 
     @property
     def world(self) -> int:

@@ -2,19 +2,36 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from statistics import median
 from typing import Any
+
+
+@dataclass(frozen=True)
+class Tally:
+    """Calls of a VAE's encoder or decoder in one picture, and what they took on this rank in all."""
+
+    calls: int = 0
+    seconds: float = 0.0
+    messages: int = 0
+    bytes: int = 0
+
+    def and_one(self, seconds: float, messages: int, num_bytes: int) -> Tally:
+        """With another call."""
+        return Tally(self.calls + 1, self.seconds + seconds, self.messages + messages, self.bytes + num_bytes)
 
 
 @dataclass
 class Report:
     """One picture (or one call of the pipeline) as it ran on this rank.
 
-    ``patches`` are the rows (or columns) of latent each rank of a patch group owns, ``stages`` the modules that each
-    rank of a pipeline computes; ``seconds`` has one entry per
-    call of the denoiser, ``messages`` and ``bytes`` what this rank sent in it, ``kinds`` how fresh it was
-    (``"sync"``, ``"displaced"``, ``"naive"`` ...).
+    ``patches`` are the rows (or columns) of latent each rank of a patch group owns, in the end where they have changed;
+    ``stages`` the modules that each rank of a pipeline computes, ``balance`` what they follow (``"even"``, the weights,
+    or ``"measured"``); ``seconds`` has one entry per call of the denoiser, ``messages`` and ``bytes`` what this rank
+    sent in it, ``kinds`` how fresh it was
+    (``"sync"``, ``"displaced"``, ``"naive"`` ...). ``slot_bytes`` is the memory for late messages, sent and received.
+    ``vae`` is what a parallel VAE took in the same picture, by kind of call (``"encode"``, ``"decode"``): it is in none
+    of the other counts.
     """
 
     strategy: str
@@ -27,6 +44,9 @@ class Report:
     bytes: list[int] = field(default_factory=list)
     kinds: list[str] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
+    balance: str = "even"
+    slot_bytes: int = 0
+    vae: dict[str, Tally] = field(default_factory=dict)
 
     def step(self, kind: str, seconds: float, messages: int, num_bytes: int) -> None:
         """Record one call of the denoiser."""
@@ -45,10 +65,13 @@ class Report:
             "split": self.split,
             "patches": list(self.patches),
             **({"stages": [list(names) for names in self.stages]} if self.stages else {}),
+            "balance": self.balance,
             "steps": {kind: self.kinds.count(kind) for kind in dict.fromkeys(self.kinds)},
             "seconds_per_step": median([self.seconds[i] for i in chosen]) if chosen else None,
             "messages_per_step": round(median([self.messages[i] for i in chosen])) if chosen else 0,
             "bytes_per_step": round(median([self.bytes[i] for i in chosen])) if chosen else 0,
+            "slot_bytes": self.slot_bytes,
+            "vae": {kind: asdict(tally) for kind, tally in self.vae.items()},
             "notes": list(self.notes),
         }
 
@@ -57,22 +80,36 @@ class Report:
         facts = self.as_dict()
         pace = facts["seconds_per_step"]
         steps = " + ".join(f"{count} {kind}" for kind, count in facts["steps"].items()) or "none"
+        balance = {"even": "", "measured": " (measured)"}.get(self.balance, f" (weights {self.balance})")
         owned = f"{self.split} per rank {'+'.join(map(str, self.patches)) or '-'}"
         if self.stages:
             owned = f"modules per rank {'+'.join(str(len(names)) for names in self.stages)}"
         parts = [
             f"strategy {self.strategy}",
             f"mesh {self.mesh}",
-            owned,
+            f"{owned}{balance}",
             f"steps {steps}",
             f"{pace:.3f} s/step" if pace is not None else "- s/step",
             f"{human_bytes(facts['bytes_per_step'])} and {facts['messages_per_step']} messages sent per step and rank",
+        ]
+        parts += [f"slots {human_bytes(self.slot_bytes)}"] if self.slot_bytes else []
+        parts += [
+            f"{kind} {tally.seconds:.3f} s, {human_bytes(tally.bytes)} and {tally.messages} messages sent"
+            for kind, tally in self.vae.items()
         ]
         return " | ".join(parts + self.notes)
 
     def copy(self) -> Report:
         """A snapshot that later steps leave alone."""
-        return Report(**asdict(self))
+        return replace(
+            self,
+            seconds=list(self.seconds),
+            messages=list(self.messages),
+            bytes=list(self.bytes),
+            kinds=list(self.kinds),
+            notes=list(self.notes),
+            vae=dict(self.vae),
+        )
 
 
 def human_bytes(count: float) -> str:

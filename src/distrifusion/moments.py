@@ -19,14 +19,24 @@ def measure(groups: Tensor) -> Tensor:
     num_groups, count = groups.shape
     if not count:
         return torch.zeros(1 + 2 * num_groups, dtype=torch.float32, device=groups.device)
-    values = groups.float()
-    if groups.device.type == "cpu":  # whose var_mean is several times slower than two passes
-        mean = values.mean(dim=1)
-        deviations = values - mean[:, None]
-        var = torch.linalg.vecdot(deviations, deviations).div_(count)
+    if groups.device.type == "cpu":
+        step = max(CHUNK // count, 1)
+        chunks = [_two_passes(groups[i : i + step]) for i in range(0, num_groups, step)]
+        mean, var = chunks[0] if len(chunks) == 1 else (torch.cat(part) for part in zip(*chunks, strict=True))
     else:
-        var, mean = torch.var_mean(values, dim=1, correction=0)
+        var, mean = torch.var_mean(groups.float(), dim=1, correction=0)
     return torch.cat([mean.new_full((1,), count), mean, var])
+
+
+CHUNK = 1 << 20  # elements whose deviations are held at a time, where the CPU computes: a picture's would double memory
+
+
+def _two_passes(groups: Tensor) -> tuple[Tensor, Tensor]:
+    """Means and variances of ``groups``. torch's own var_mean is several times slower on a CPU."""
+    values = groups.float()
+    mean = values.mean(dim=1)
+    deviations = values - mean[:, None]
+    return mean, torch.linalg.vecdot(deviations, deviations).div_(groups.shape[1])
 
 
 def combine(parts: Sequence[Tensor]) -> Tensor:

@@ -1,4 +1,4 @@
-"""``parallelize`` and ``restore``: a diffusers pipeline or denoiser spread over the ranks, in place, and back."""
+"""``parallelize`` and ``restore``: a diffusers pipeline, denoiser or VAE spread over the ranks, in place, and back."""
 
 from __future__ import annotations
 
@@ -14,28 +14,31 @@ from .config import ParallelConfig
 from .errors import ConfigError, UnsupportedModel
 from .mesh import Mesh
 from .metrics import Report
-from .models import controlnet_table, is_known, table_for
+from .models import controlnet_table, is_known, table_for, vae_halves
 from .strategies.agreement import agree
+from .strategies.balance import Balance
 from .strategies.denoiser import ParallelDenoiser
 from .strategies.encoders import SharedEncoder
 from .strategies.guidance import Guidance
+from .strategies.vae import ParallelVAE
 
 T = TypeVar("T")
 
 DENOISERS = ("unet", "transformer", "transformer_2")
 """Components of a pipeline that predict the noise."""
 
-_MARK = "_distrifusion"  # the attribute of a denoiser that is parallel
+_MARK = "_distrifusion"  # the attribute of a model that is parallel
 _SHARED = "_distrifusion_shared"  # and of a text encoder that one rank runs for all
 
 
 def parallelize(target: T, config: ParallelConfig | None = None, comm: Comm | None = None) -> T:
-    """Spread every denoising step of ``target`` over the ranks, in place.
+    """Spread every denoising step of ``target`` over the ranks, and what its VAE encodes and decodes, in place.
 
     Every rank calls this, and then the same pipeline with the same arguments; every rank gets the whole result.
 
     Args:
-        target: a diffusers pipeline or a denoiser, already loaded.
+        target: a diffusers pipeline, a denoiser or a VAE, already loaded. A pipeline's VAE that cannot be parallel runs
+            whole on every rank, and the report says so; ``restore(pipe.vae)`` asks for that.
         config: how; None: ``ParallelConfig()``, displaced patches over all ranks.
         comm: the ranks; None: torch.distributed's group if there is one, else one made from torchrun's variables
             (LOCAL_RANK picks the device; NCCL on CUDA, Gloo on CPU), else a world of one.
@@ -49,12 +52,12 @@ def parallelize(target: T, config: ParallelConfig | None = None, comm: Comm | No
         RanksDisagree: the ranks have different configurations.
     """
     config = config if config is not None else ParallelConfig()
-    models = _denoisers(target)
+    models, vae = _denoisers(target), _vae(target)
     for model in [*models, *_controlnets(target)]:
         if hasattr(model, _MARK):
             raise ConfigError(f"this {type(model).__name__} is parallel already; call df.restore first")
     if comm is None:
-        comm = _comm_from_environment(target, models)
+        comm = _comm_from_environment(target, models or [vae])
     if comm is None or comm.world == 1:
         Mesh.fit(config, 1)
         return target
@@ -62,46 +65,83 @@ def parallelize(target: T, config: ParallelConfig | None = None, comm: Comm | No
     mesh = Mesh.fit(config, comm.world)
     guidance = Guidance(mesh, comm)
     timesteps = _timesteps_of(target)
+    is_shared = hasattr(vae, _MARK)
     try:
+        whole = _spread_vae(vae, config, comm, timesteps, is_target=not models)
+        agree(comm, {"VAE": "; ".join(whole) or "parallel"})  # or a rank with offload would leave the others to wait
         for model in models:
             nets = [] if model is target else _controlnets(target)
             is_cut = config.strategy == "pipelined"  # into stages, not patches
             tables = [None if is_cut else controlnet_table(net, model) for net in nets]
-            notes: list[str] = []
+            notes = list(whole)
             if None in tables:  # their outputs are added up: all in patches, or all whole
                 notes += [f"{type(net).__name__} runs whole on every rank" for net in nets]
                 tables.clear()
-            if _is_compiled(target, model):
-                notes.append("torch.compile does nothing while parallel")
             feeders: list[ParallelDenoiser] = []
+            shared: dict[str, Any] = {"guidance": guidance, "balance": Balance(config, mesh, comm)}
             for table in filter(None, tables):
-                feeders.append(ParallelDenoiser(table, config, comm, timesteps, guidance=guidance))
+                feeders.append(ParallelDenoiser(table, config, comm, timesteps, **shared))
                 setattr(table.model, _MARK, feeders[-1])
             own = table_for(model)
-            parallel = ParallelDenoiser(own, config, comm, timesteps, guidance=guidance, feeders=feeders, notes=notes)
+            shared["wrapper"] = _compiled_wrapper(target, model)
+            parallel = ParallelDenoiser(own, config, comm, timesteps, feeders=feeders, notes=notes, **shared)
             setattr(model, _MARK, parallel)
     except Exception:
-        for model in [*models, *_controlnets(target)]:
+        for model in [*models, *_controlnets(target), *([] if is_shared else [vae])]:
             _take_back(model)
         raise
     if config.text_encoders != "every":
         freed = config.text_encoders == "freed"
         for place, (name, encoder) in enumerate(_text_encoders(target).items()):
             if not hasattr(encoder, _SHARED):  # another pipeline's too, as the refiner's and the base's
-                shared = SharedEncoder(encoder, name, comm, place % comm.world, freed=freed)
-                setattr(encoder, _SHARED, shared)
+                encoders = SharedEncoder(encoder, name, comm, place % comm.world, freed=freed)
+                setattr(encoder, _SHARED, encoders)
     return target
 
 
-def restore(target: T) -> T:
-    """Take everything back: the model is bit-equal to before and carries no wrapper.
+def _spread_vae(
+    vae: Any, config: ParallelConfig, comm: Comm, timesteps: Callable[[], Any], is_target: bool
+) -> list[str]:
+    """Make ``vae`` parallel, if there is one; what the report is to say where it is not.
 
-    What is not parallel is left alone.
+    Raises:
+        ConfigError: the world does not fit, or it is parallel already, other than by a pipeline that shares it.
+        UnsupportedModel: it is the target, and cannot be parallel.
+    """
+    if vae is None:
+        return []
+    name = type(vae).__name__
+    before = getattr(vae, _MARK, None)
+    if before is not None:
+        if is_target:
+            raise ConfigError(f"this {name} is parallel already; call df.restore first")
+        if before.place != (comm.rank, comm.world):
+            raise ConfigError(
+                f"this {name} is parallel already, as rank {before.place[0]} of {before.place[1]}, and this is rank "
+                f"{comm.rank} of {comm.world}: give each rank one of its own, or call df.restore first"
+            )
+        return []
+    halves = vae_halves(vae)
+    if halves is None:
+        return [f"{name} runs whole on every rank"]
+    try:
+        setattr(vae, _MARK, ParallelVAE(halves, config, comm, timesteps))
+    except UnsupportedModel as why:
+        if is_target:
+            raise
+        return [f"{name} runs whole on every rank: {why}"]
+    return []
+
+
+def restore(target: T) -> T:
+    """Take everything back: the models are bit-equal to before and carry no wrapper.
+
+    What is not parallel is left alone. A VAE that other pipelines share runs whole in these too from then on.
 
     Raises:
         ConfigError: another library has wrapped the model since (offload or cache hooks): ours cannot be taken out.
     """
-    for model in _denoisers(target):
+    for model in _models(target):
         _take_back(model)
     for encoder in _text_encoders(target).values():
         shared = getattr(encoder, _SHARED, None)
@@ -121,7 +161,7 @@ def _take_back(model: Any) -> None:
 
 def reset(target: Any) -> None:
     """The next call starts a new picture. Pipelines do this by themselves; loops over a bare denoiser may need it."""
-    for model in _denoisers(target):
+    for model in _models(target):
         parallel = getattr(model, _MARK, None)
         if parallel is not None:
             parallel.reset()
@@ -129,16 +169,35 @@ def reset(target: Any) -> None:
 
 def report(target: Any) -> Report:
     """What ran on this rank for the present or last picture; a target that is not parallel: one rank, no steps."""
-    for model in _denoisers(target):
-        parallel = getattr(model, _MARK, None)
+    denoisers, vae = _denoisers(target), getattr(_vae(target), _MARK, None)
+    for parallel in (getattr(model, _MARK, None) for model in denoisers):
         if parallel is not None:
             found: Report = parallel.report.copy()
-            return found
-    return Report("none", str(Mesh((1, 1, 1))))
+            break
+    else:
+        found = vae.report if vae is not None and not denoisers else Report("none", str(Mesh((1, 1, 1))))
+    if vae is not None:
+        found.vae = dict(vae.tally)
+    return found
+
+
+def _models(target: Any) -> list[Any]:
+    """All that may be parallel of ``target``: denoisers, whose ControlNets go with them, and the VAE."""
+    vae = _vae(target)
+    return _denoisers(target) + ([vae] if vae is not None else [])
+
+
+def _vae(target: Any) -> Any:
+    """The VAE of a pipeline, or ``target`` where it is a VAE that is known; else None."""
+    if isinstance(target, DiffusionPipeline):
+        vae = getattr(target, "vae", None)
+        return _unwrapped(vae) if isinstance(vae, nn.Module) else None
+    model = _unwrapped(target) if isinstance(target, nn.Module) else None
+    return model if model is not None and vae_halves(model) is not None else None
 
 
 def _denoisers(target: Any) -> list[Any]:
-    """The denoisers of ``target`` that have a table.
+    """The denoisers of ``target`` that have a table; none where it is a VAE.
 
     Raises:
         UnsupportedModel: there is none; says what is known.
@@ -157,9 +216,11 @@ def _denoisers(target: Any) -> list[Any]:
         return known
     if isinstance(target, nn.Module):
         model = _unwrapped(target)
+        if vae_halves(model) is not None:
+            return []
         table_for(model)
         return [model]
-    raise UnsupportedModel(f"{type(target).__name__} is neither a diffusers pipeline nor a denoiser")
+    raise UnsupportedModel(f"{type(target).__name__} is neither a diffusers pipeline nor a denoiser nor a VAE")
 
 
 def _controlnets(target: Any) -> list[Any]:
@@ -181,11 +242,10 @@ def _text_encoders(target: Any) -> dict[str, nn.Module]:
     return {name: module for name, module in modules.items() if not hasattr(module, "_hf_hook")}
 
 
-def _is_compiled(target: Any, model: nn.Module) -> bool:
+def _compiled_wrapper(target: Any, model: nn.Module) -> Any:
+    """What ``torch.compile(model)`` made, if it is the target, or in the target."""
     candidates = [target, *(getattr(target, name, None) for name in DENOISERS)]
-    return model._compiled_call_impl is not None or any(
-        getattr(candidate, "_orig_mod", None) is model for candidate in candidates
-    )
+    return next((each for each in candidates if getattr(each, "_orig_mod", None) is model), None)
 
 
 def _unwrapped(model: nn.Module) -> nn.Module:

@@ -20,19 +20,23 @@ if TYPE_CHECKING:
 def bench(
     model: Annotated[
         str,
-        typer.Option(help="A shape with random weights (sdxl, sdxl-mini, sd15, flux-mini, pixart-mini) or a folder."),
+        typer.Option(
+            help="A shape with random weights (sdxl, sdxl-mini, sd15, flux-mini, pixart-mini; vae-sd, vae-mini: its "
+            "decode) or a folder."
+        ),
     ] = "sdxl-mini",
     world: Annotated[
         list[int] | None, typer.Option(help="Ranks; may be given again. Default: 1 and 2, under torchrun 1 and all.")
     ] = None,
     strategy: Annotated[
-        list[str] | None, typer.Option(help="May be given again. Default: sync, displaced, naive.")
+        list[str] | None, typer.Option(help="May be given again. Default: sync, displaced, naive; sync for a VAE.")
     ] = None,
     codec: Annotated[
         list[str] | None,
         typer.Option(help="Fewer bytes, see generate; none is one too; may be given again. Default: none."),
     ] = None,
     context_window: Annotated[float | None, typer.Option(help="See generate.")] = None,
+    balance: Annotated[str | None, typer.Option(help="See generate.")] = None,
     size: Annotated[
         list[str] | None, typer.Option(help="Pixels as HEIGHTxWIDTH, or one number for both; may be given again.")
     ] = None,
@@ -60,6 +64,7 @@ def bench(
         strategy or [],
         codec or [],
         context_window,
+        balance,
         size or [],
         height,
         width,
@@ -85,6 +90,7 @@ class Order:
     strategies: list[str]
     codecs: list[str]
     context_window: float | None
+    balance: str | None
     sizes: list[str]
     height: int | None
     width: int | None
@@ -105,12 +111,14 @@ class Order:
         from ..choices import check_device
         from ..config import ParallelConfig, codec_choices
         from .plan import Plan, cases_for, num_threads, parse_sizes
-        from .workload import check_name
+        from .workload import VAES, check_name
 
-        names = self.strategies or ["sync", "displaced", "naive"]
+        # A VAE is exact under every strategy.
+        names = self.strategies or (["sync"] if self.model in VAES else ["sync", "displaced", "naive"])
         strategies = [ParallelConfig(strategy=name).strategy for name in names]  # type: ignore[arg-type]
         codecs = codec_choices(self.codecs or ["none"])
-        ParallelConfig(context_window=self.context_window)
+        asked = ParallelConfig(context_window=self.context_window, balance=self.balance)
+        assert asked.balance is None or isinstance(asked.balance, str)
         check_name(self.model)
         check_device(self.device)
         worlds = sorted(set(self.worlds or default_worlds))
@@ -118,7 +126,7 @@ class Order:
             model=self.model,
             sizes=parse_sizes(self.sizes, self.height, self.width),
             batch=self.batch,
-            cases=cases_for(strategies, worlds, num_threads(self.device), codecs, self.context_window),
+            cases=cases_for(strategies, worlds, num_threads(self.device), codecs, self.context_window, asked.balance),
             rounds=self.rounds,
             steps=self.steps,
             dtype=self.dtype,

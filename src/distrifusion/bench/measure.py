@@ -23,8 +23,6 @@ from .plan import LATENT, Case, Plan
 from .trace import Recorder, merge, refuse_other_clocks
 from .workload import Workload, load
 
-WARM_UP = 2  # steps before the timed ones: the first fills the slots, the first displaced step allocates its messages
-
 
 @dataclass
 class Timing:
@@ -37,6 +35,7 @@ class Timing:
     waited: list[float] = field(default_factory=list)  # host seconds per step in waits, rank 0
     messages: int = 0  # per step and rank
     num_bytes: int = 0
+    slot_bytes: int = 0  # memory for late messages, rank 0
     peaks: list[int | None] = field(default_factory=list)  # bytes of memory, by rank; None: not known
 
     @property
@@ -98,23 +97,25 @@ class Bench:
 
     def _time(self, timing: Timing) -> None:
         comm, work = self._comms[timing.case.world], self._work[timing.size]
-        memory = PeakMemory(work.device)
+        samples = [work.sample(step) for step in range(timing.case.num_untimed + self._plan.steps)]
+        memory, busy = PeakMemory(work.device), list[float]()
         with _spread(work, timing.case, comm):
-            for step in range(WARM_UP + self._plan.steps):
-                sample = work.sample(step)
-                waited = comm.meter.waited
-                comm.barrier()
-                started, busy = perf_counter(), process_time()
+            comm.barrier()
+            # None between the steps: as in a picture, what is late has no more time to arrive than the next step takes.
+            for step, sample in enumerate(samples):
+                started, used, waited = perf_counter(), process_time(), comm.meter.waited
                 _call(work, sample)
-                seconds, busy = perf_counter() - started, process_time() - busy
-                total = sum(comm.all_gather_object(busy))
-                if step >= WARM_UP:
-                    timing.seconds.append(seconds)
-                    timing.cpu_seconds.append(total)
+                if step >= timing.case.num_untimed:
+                    timing.seconds.append(perf_counter() - started)
+                    busy.append(process_time() - used)
                     timing.waited.append(comm.meter.waited - waited)
+            timing.cpu_seconds += map(sum, zip(*comm.all_gather_object(busy), strict=True))
             ran = report(work.model)
             if ran.messages:
                 timing.messages, timing.num_bytes = ran.messages[-1], ran.bytes[-1]
+                timing.slot_bytes = ran.slot_bytes
+            for tally in ran.vae.values():
+                timing.messages, timing.num_bytes = tally.messages // tally.calls, tally.bytes // tally.calls
             peaks = comm.all_gather_object(memory.read())
             timing.peaks = [_largest(*pair) for pair in zip(timing.peaks or peaks, peaks, strict=True)]
 
@@ -123,10 +124,10 @@ class Bench:
         ranks = "1 rank" if comm.world == 1 else f"{comm.world} ranks"
         label = f"{timing.case.name}, {ranks}, {timing.size[0]} x {timing.size[1]}"
         with recorder.modules(work.model), _spread(work, timing.case, comm):
-            for step in range(WARM_UP + self._plan.steps):
+            for step in range(timing.case.num_untimed + self._plan.steps):
                 sample = work.sample(step)
                 comm.barrier()
-                if step == WARM_UP:
+                if step == timing.case.num_untimed:
                     recorder.start()
                 with recorder.step(label):
                     _call(work, sample)

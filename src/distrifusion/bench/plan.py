@@ -7,9 +7,10 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from ..config import UNCODED, ParallelConfig, StrategyName
+from ..config import MEASURED, UNCODED, ParallelConfig, StrategyName
 from ..errors import ConfigError
 from ..geometry import Split
+from ..mesh import Mesh
 
 LATENT = 8  # pixels per row of latent
 DTYPES = ("float32", "bfloat16", "float16")
@@ -25,6 +26,7 @@ class Case:
     threads: int = 1
     codec: str | None = None
     context_window: float | None = None
+    balance: str | None = None
 
     @property
     def name(self) -> str:
@@ -33,20 +35,31 @@ class Case:
             return "bare model" if self.threads == 1 else f"bare model, {self.threads} threads"
         parts = [self.strategy, "cfg 2" if self.cfg == 2 else "", self.codec or ""]
         parts += [f"window {self.context_window:g}"] if self.context_window is not None else []
+        parts += [f"balance {self.balance}"] if self.balance is not None else []
         return " ".join(filter(None, parts))
 
     @property
     def config(self) -> ParallelConfig:
         """How a step is spread."""
         assert self.strategy is not None, "the bare model spreads nothing"
-        # No warm-up beyond the first step, which fills the slots; the first displaced step allocates its messages.
         return ParallelConfig(
             strategy=self.strategy,
             cfg=self.cfg,
-            warmup_steps=0,
+            warmup_steps=self._warmup_steps,
             codec=self.codec,
             context_window=self.context_window,
+            balance=self.balance,
         )
+
+    @property
+    def _warmup_steps(self) -> int:
+        """No synchronous steps beyond the first, which fills the slots, but for one that is measured and one after."""
+        return 2 if self.balance == MEASURED else 0
+
+    @property
+    def num_untimed(self) -> int:
+        """Steps before the timed ones: the synchronous ones, and the first displaced one, which allocates."""
+        return self._warmup_steps + 2
 
 
 @dataclass(frozen=True)
@@ -79,6 +92,9 @@ class Plan:
                 if value < LATENT or value % LATENT:
                     raise ConfigError(f"--{name} {value} must be a multiple of {LATENT}, at least {LATENT}")
             Split.even(size[0] // LATENT, max(case.world // case.cfg for case in self.cases))
+        for case in self.cases:
+            if case.strategy is not None:
+                Mesh.fit(case.config, case.world)
         if self.dtype not in DTYPES:
             raise ConfigError(f"--dtype {self.dtype!r} must be one of {', '.join(DTYPES)}")
 
@@ -105,10 +121,11 @@ def cases_for(
     threads: int,
     codecs: Sequence[str | None] = (None,),
     context_window: float | None = None,
+    balance: str | None = None,
 ) -> tuple[Case, ...]:
     """The bare model on one thread and on ``threads``, then every strategy on every world with every codec.
 
-    One rank is one case, and so is a strategy that sends nothing which a codec could shorten.
+    One rank is one case, and so is ``"naive"``, which sends nothing that a codec could shorten.
     """
     cases = [Case(None)] + ([Case(None, threads=threads)] if threads > 1 else [])
     for world in worlds:
@@ -117,9 +134,11 @@ def cases_for(
             continue
         for strategy in strategies:
             if strategy in UNCODED:
-                cases.append(Case(strategy, world))
+                cases.append(Case(strategy, world, balance=balance))
                 continue
-            cases += [Case(strategy, world, codec=codec, context_window=context_window) for codec in codecs]
+            cases += [
+                Case(strategy, world, codec=codec, context_window=context_window, balance=balance) for codec in codecs
+            ]
     return tuple(cases)
 
 

@@ -44,6 +44,7 @@ def summary(plan: Plan, timings: Sequence[Timing], wire: str) -> dict[str, Any]:
                 "waited_per_step": round(median(timing.waited), 5),
                 "messages_per_step": timing.messages,
                 "bytes_per_step": timing.num_bytes,
+                "slot_bytes": timing.slot_bytes,
                 "peak_memory_per_rank": timing.peaks,
             }
         )
@@ -62,7 +63,7 @@ def table(found: dict[str, Any]) -> Any:
     grid = Table(title=title)
     several = len(settings["sizes"]) > 1
     columns = ["case", *(["size"] if several else []), "ranks", "s/step", "spread", "x one rank", "x all threads"]
-    columns += ["of linear", "CPU s", "waits s", "messages", "bytes", "memory"]
+    columns += ["of linear", "CPU s", "waits s", "messages", "bytes", "slots", "memory"]
     for name in columns:
         grid.add_column(name, justify="left" if name == "case" else "right", no_wrap=True)
     size = None
@@ -84,6 +85,7 @@ def table(found: dict[str, Any]) -> Any:
             f"{row['waited_per_step']:.3f}",
             str(row["messages_per_step"]),
             human_bytes(row["bytes_per_step"]),
+            human_bytes(row["slot_bytes"]),
             human_bytes(max(peaks)) if None not in peaks else "-",
         )
     return grid

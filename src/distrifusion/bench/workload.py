@@ -1,4 +1,4 @@
-"""What is timed: a denoiser and the arguments of its call. Random weights do where only a model's shape matters."""
+"""What is timed: a denoiser or a VAE, and the arguments of a call. Random weights do where only the shape matters."""
 
 from __future__ import annotations
 
@@ -84,18 +84,35 @@ TRANSFORMERS: dict[str, tuple[str, dict[str, Any]]] = {
 }
 """A class of diffusers and its arguments by name; both have about 50 M parameters, and 4096 tokens at 1024 px."""
 
+_AUTOENCODER: dict[str, Any] = {
+    "down_block_types": ("DownEncoderBlock2D",) * 4,
+    "up_block_types": ("UpDecoderBlock2D",) * 4,
+    "layers_per_block": 2,
+    "latent_channels": 4,
+    "sample_size": 512,
+}
+
+VAES: dict[str, dict[str, Any]] = {
+    "vae-sd": {**_AUTOENCODER, "block_out_channels": (128, 256, 512, 512)},
+    "vae-mini": {**_AUTOENCODER, "block_out_channels": (32, 64, 128, 128)},
+}
+"""Arguments of ``AutoencoderKL`` by name: Stable Diffusion's, and one a quarter as wide. A step is a decode."""
+
 TEXT_TOKENS = 77
 TIME = 500
 
 Given = tuple[tuple[int, ...], dict[str, Any]]
 """The shape of the latents of a call, and its other arguments by name."""
 
+Noise = Callable[..., Tensor]
+"""Normal numbers of a shape."""
+
 
 @dataclass
 class Workload:
-    """A denoiser and the arguments of one call; its latents are drawn anew for each step.
+    """A model and the arguments of one call; its latents are drawn anew for each step.
 
-    ``given(height, width)`` makes shape and arguments for another size of latent.
+    ``given(height, width)`` makes shape and arguments for another size of latent. ``method`` is the one to call.
     """
 
     model: nn.Module
@@ -104,7 +121,8 @@ class Workload:
     dtype: torch.dtype
     device: torch.device
     given: Callable[[int, int], Given]
-    sample_name: str = "sample"
+    sample_name: str
+    method: str
 
     def resized(self, height: int, width: int) -> Workload:
         """The same model and words, with latents of ``height`` x ``width``."""
@@ -119,8 +137,8 @@ class Workload:
         return (first + 0.01 * drift).to(self.device, self.dtype)
 
     def run(self, sample: Tensor) -> Any:
-        """Call the denoiser."""
-        return self.model(**{self.sample_name: sample}, **self.arguments)
+        """Call the model."""
+        return getattr(self.model, self.method)(**{self.sample_name: sample}, **self.arguments)
 
 
 def check_name(name: str) -> None:
@@ -129,15 +147,21 @@ def check_name(name: str) -> None:
     Raises:
         ConfigError: neither a shape nor a folder with a ``unet``; lists the shapes.
     """
-    if name not in SHAPES and name not in TRANSFORMERS and not (Path(name) / "unet" / "config.json").is_file():
-        shapes = ", ".join((*SHAPES, *TRANSFORMERS))
-        raise ConfigError(f"model {name!r} is neither a folder with a unet nor one of the shapes {shapes}")
+    shapes = (*SHAPES, *TRANSFORMERS, *VAES)
+    if name not in shapes and not (Path(name) / "unet" / "config.json").is_file():
+        raise ConfigError(f"model {name!r} is neither a folder with a unet nor one of the shapes {', '.join(shapes)}")
 
 
 def load(
-    name: str, height: int, width: int, batch: int = 1, dtype: torch.dtype = torch.float32, device: str = "cpu"
+    name: str,
+    height: int,
+    width: int,
+    batch: int = 1,
+    dtype: torch.dtype = torch.float32,
+    device: str = "cpu",
+    text_tokens: int = TEXT_TOKENS,
 ) -> Workload:
-    """The denoiser called ``name`` (a shape, or a folder with a ``unet``) and its arguments, the same on all ranks.
+    """The model called ``name`` (a shape, or a folder with a ``unet``) and its arguments, the same on all ranks.
 
     ``height`` and ``width`` are those of the latents, in pixels / 8.
 
@@ -151,6 +175,9 @@ def load(
     if name in TRANSFORMERS:
         kind, settings = TRANSFORMERS[name]
         model = getattr(diffusers, kind)(**settings)
+    elif name in VAES:
+        model = diffusers.AutoencoderKL(**VAES[name])
+        model.encoder = None  # which no step calls, and whose weights would count as memory
     elif name in SHAPES:
         model = diffusers.UNet2DConditionModel(**SHAPES[name])
     else:
@@ -161,15 +188,18 @@ def load(
     def noise(*shape: int) -> Tensor:
         return torch.randn(shape, generator=generator).to(device, dtype)
 
-    words = {"UNet2DConditionModel": _unet, "FluxTransformer2DModel": _flux, "PixArtTransformer2DModel": _pixart}
-    given = words[type(model).__name__](model.config, batch, noise)
+    words, *called = _CALLS[type(model).__name__]
+    given = words(model.config, batch, text_tokens, noise)
     shape, arguments = given(height, width)
-    sample_name = "sample" if name not in TRANSFORMERS else "hidden_states"
-    return Workload(model, arguments, shape, dtype, torch.device(device), given, sample_name)
+    return Workload(model, arguments, shape, dtype, torch.device(device), given, *called)
 
 
-def _unet(config: Any, batch: int, noise: Callable[..., Tensor]) -> Callable[[int, int], Given]:
-    text = noise(batch, TEXT_TOKENS, config.cross_attention_dim)
+def _decode(config: Any, batch: int, noise: Callable[..., Tensor]) -> Callable[[int, int], Given]:
+    return lambda height, width: ((batch, config.latent_channels, height, width), {})
+
+
+def _unet(config: Any, batch: int, text_tokens: int, noise: Noise) -> Callable[[int, int], Given]:
+    text = noise(batch, text_tokens, config.cross_attention_dim)
     is_sdxl = config.addition_embed_type == "text_time"
     pooled = (
         noise(batch, config.projection_class_embeddings_input_dim - 6 * config.addition_time_embed_dim)
@@ -188,9 +218,9 @@ def _unet(config: Any, batch: int, noise: Callable[..., Tensor]) -> Callable[[in
     return given
 
 
-def _flux(config: Any, batch: int, noise: Callable[..., Tensor]) -> Callable[[int, int], Given]:
-    text, pooled = noise(batch, TEXT_TOKENS, config.joint_attention_dim), noise(batch, config.pooled_projection_dim)
-    words = {"encoder_hidden_states": text, "pooled_projections": pooled, "txt_ids": text.new_zeros(TEXT_TOKENS, 3)}
+def _flux(config: Any, batch: int, text_tokens: int, noise: Noise) -> Callable[[int, int], Given]:
+    text, pooled = noise(batch, text_tokens, config.joint_attention_dim), noise(batch, config.pooled_projection_dim)
+    words = {"encoder_hidden_states": text, "pooled_projections": pooled, "txt_ids": text.new_zeros(text_tokens, 3)}
 
     def given(height: int, width: int) -> Given:
         rows, cols = (torch.arange(side // 2, device=text.device, dtype=text.dtype) for side in (height, width))
@@ -202,11 +232,20 @@ def _flux(config: Any, batch: int, noise: Callable[..., Tensor]) -> Callable[[in
     return given
 
 
-def _pixart(config: Any, batch: int, noise: Callable[..., Tensor]) -> Callable[[int, int], Given]:
-    text = noise(batch, TEXT_TOKENS, config.caption_channels)
+def _pixart(config: Any, batch: int, text_tokens: int, noise: Noise) -> Callable[[int, int], Given]:
+    text = noise(batch, text_tokens, config.caption_channels)
     words = {
         "timestep": torch.full((batch,), TIME, device=text.device),
         "encoder_hidden_states": text,
         "added_cond_kwargs": {"resolution": None, "aspect_ratio": None},
     }
     return lambda height, width: ((batch, config.in_channels, height, width), words)
+
+
+_CALLS: dict[str, Any] = {
+    "UNet2DConditionModel": (_unet, "sample", "__call__"),
+    "FluxTransformer2DModel": (_flux, "hidden_states", "__call__"),
+    "PixArtTransformer2DModel": (_pixart, "hidden_states", "__call__"),
+    "AutoencoderKL": (_decode, "z", "decode"),
+}
+"""By class: the other arguments of a call, the name of the latents among them, and the method to call."""

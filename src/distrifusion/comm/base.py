@@ -47,7 +47,9 @@ class BaseComm:
         """See `Comm.swap`."""
         raise NotImplementedError
 
-    def all_gather(self, own: Tensor, sizes: Sequence[int], *, kind: str) -> Pending[list[Tensor]]:
+    def all_gather(
+        self, own: Tensor, sizes: Sequence[int], *, kind: str, into: Tensor | None = None
+    ) -> Pending[list[Tensor]]:
         """See `Comm.all_gather`."""
         raise NotImplementedError
 
@@ -58,6 +60,11 @@ class BaseComm:
     def route(self, layout: Layout, *, kind: str) -> Route:
         """See `Comm.route`."""
         return PlainRoute(self, layout, kind)
+
+    @property
+    def is_slow(self) -> bool:
+        """See `Comm.is_slow`."""
+        return False
 
     @property
     def _control(self) -> torch.device:
@@ -110,10 +117,14 @@ class BaseComm:
             assert peer != self.rank, "a rank does not send to itself"
             assert tensor.is_contiguous(), f"a tensor of shape {tuple(tensor.shape)} is not contiguous"
 
-    def _check_gather(self, own: Tensor, sizes: Sequence[int]) -> None:
+    def _check_gather(self, own: Tensor, sizes: Sequence[int], into: Tensor | None) -> None:
         assert len(sizes) == self.world, f"{len(sizes)} sizes for a world of {self.world}"
         assert own.shape == (sizes[self.rank],), f"own is {tuple(own.shape)}, sizes say {sizes[self.rank]}"
         assert own.is_contiguous()
+        if into is not None:
+            assert into.shape == (self.world, max(sizes)), f"into is {tuple(into.shape)}, sizes say {max(sizes)}"
+            assert into.dtype == own.dtype
+            assert into.is_contiguous()
 
 
 def as_bytes(tensor: Tensor) -> Tensor:

@@ -31,8 +31,11 @@ class Channel(Protocol):
         """Launch sends and receives; works, each with the ranks that it waits for."""
         ...
 
-    def gather(self, own: Tensor, world: int) -> tuple[Any, list[Tensor]]:
-        """Launch an all-gather of equal numbers of bytes; the work, and everyone's part in order of rank."""
+    def gather(self, own: Tensor, into: Tensor) -> tuple[Any, list[Tensor]]:
+        """Launch an all-gather of equal numbers of bytes; the work, and everyone's part in order of rank.
+
+        ``into`` ``[world, bytes]`` is where the parts will be, in any order.
+        """
         ...
 
     def broadcast(self, tensor: Tensor, root: int) -> Any:
@@ -69,10 +72,10 @@ class GlooChannel:
         works += [(self._group.send([data], peer, 0), [peer]) for peer, data in sends]
         return works
 
-    def gather(self, own: Tensor, world: int) -> tuple[Any, list[Tensor]]:
+    def gather(self, own: Tensor, into: Tensor) -> tuple[Any, list[Tensor]]:
         """See `Channel.gather`. Two ranks just swap, which spares Gloo's collective machinery a third of its time."""
-        parts = list(own.new_empty(world, own.numel()).unbind())
-        if world > 2:
+        parts = list(into.unbind())
+        if len(parts) > 2:
             return self._group.allgather([parts], [own]), parts
         parts[self._position].copy_(own)  # the caller may overwrite its own after the wait
         peer = 1 - self._position
@@ -121,13 +124,12 @@ class DeviceChannel:
         peers = sorted({peer for peer, _ in (*sends, *recvs)})
         return [(work, peers) for work in dist.batch_isend_irecv(ops)] if ops else []
 
-    def gather(self, own: Tensor, world: int) -> tuple[Any, list[Tensor]]:
+    def gather(self, own: Tensor, into: Tensor) -> tuple[Any, list[Tensor]]:
         """See `Channel.gather`."""
-        out = own.new_empty(world * own.numel())
         # torch 2.13 has renamed all_gather_into_tensor and warns of the old name.
         gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
-        work = gather(out, own, group=self._group, async_op=True)
-        parts = out.view(world, -1).unbind()
+        work = gather(into.view(-1), own, group=self._group, async_op=True)
+        parts = into.unbind()
         return work, [parts[position] for position in self._order]
 
     def broadcast(self, tensor: Tensor, root: int) -> Any:

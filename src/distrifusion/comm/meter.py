@@ -6,6 +6,7 @@ from collections import Counter
 from dataclasses import dataclass, field
 from time import perf_counter
 
+from .stopwatch import Stopwatch
 from .tracer import Message, Tracer
 
 
@@ -22,6 +23,7 @@ class Meter:
     links: Counter[tuple[str, int]] = field(default_factory=Counter)  # (kind, peer) -> point-to-point sends
     waited: float = 0.0  # seconds
     tracer: Tracer | None = None  # while there is one, every send and wait is noted there too
+    watch: Stopwatch | None = None  # while there is one, it stands still in waits
 
     def sent(self, kind: str, peer: int, num_bytes: int) -> None:
         """Record one point-to-point send to ``peer`` (its rank in the communicator that sends)."""
@@ -42,9 +44,17 @@ class Meter:
         """The messages recorded since the last launch are under way. For `has_waited`; empty without a tracer."""
         return self.tracer.launched() if self.tracer is not None else []
 
+    def waits(self) -> float:
+        """A wait begins: its ``start`` for `has_waited`."""
+        if self.watch is not None:
+            self.watch.stop()
+        return perf_counter()
+
     def has_waited(self, kind: str, start: float, flight: list[Message]) -> None:
         """Record a wait since ``start`` of ``perf_counter``, for the exchange whose launch gave ``flight``."""
         end = perf_counter()
+        if self.watch is not None:
+            self.watch.start()
         self.waited += end - start
         if self.tracer is not None:
             self.tracer.waited(kind, start, end, flight)

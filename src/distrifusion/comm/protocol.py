@@ -54,6 +54,11 @@ class Route(Protocol):
     """
 
     @property
+    def num_bytes(self) -> int:
+        """Memory that it holds on this rank, for what is sent and what is received."""
+        ...
+
+    @property
     def outbox(self) -> Box:
         """Where the next turn's words are written, by receiver, `EVERYONE` among them. Ask anew after each launch."""
         ...
@@ -90,6 +95,14 @@ class Comm(Protocol):
         """What tensors on ``device`` travel over, for reports."""
         ...
 
+    @property
+    def is_slow(self) -> bool:
+        """Whether a message takes so long that what can be computed before it arrives should be, at a small price.
+
+        The same on all ranks, and at all times: a result that depended on who was late would be another in each run.
+        """
+        ...
+
     def swap(self, sends: Mapping[int, Tensor], recvs: Mapping[int, Tensor], *, kind: str) -> Pending[None]:
         """Send to some peers and receive from some, all at once, in place.
 
@@ -99,11 +112,14 @@ class Comm(Protocol):
         """
         ...
 
-    def all_gather(self, own: Tensor, sizes: Sequence[int], *, kind: str) -> Pending[list[Tensor]]:
+    def all_gather(
+        self, own: Tensor, sizes: Sequence[int], *, kind: str, into: Tensor | None = None
+    ) -> Pending[list[Tensor]]:
         """Everyone's flat tensor, in order of rank: ``own`` is ``[sizes[rank]]``, the result ``[[sizes[0]], ...]``.
 
         Sizes may differ and may be 0; they are the same list on all ranks. One dtype, contiguous. The result's own part
-        is equal to ``own``. Counts one message.
+        is equal to ``own``. With ``into``, ``[world, largest size]`` of the same dtype, it is the beginnings of the
+        rows of that, in any order, where anything travels; else it is new memory. Counts one message.
         """
         ...
 

@@ -38,13 +38,16 @@ class Carrier(Protocol):
     """What a plain route asks of a communicator. See `Comm`."""
 
     rank: int
+    world: int
     device: torch.device
 
     def swap(self, sends: Mapping[int, Tensor], recvs: Mapping[int, Tensor], *, kind: str) -> Pending[None]:
         """See `Comm.swap`."""
         ...
 
-    def all_gather(self, own: Tensor, sizes: Sequence[int], *, kind: str) -> Pending[list[Tensor]]:
+    def all_gather(
+        self, own: Tensor, sizes: Sequence[int], *, kind: str, into: Tensor | None = None
+    ) -> Pending[list[Tensor]]:
         """See `Comm.all_gather`."""
         ...
 
@@ -54,11 +57,22 @@ class PlainRoute:
 
     def __init__(self, comm: Carrier, layout: Layout, kind: str) -> None:
         self._comm, self._layout, self._kind = comm, layout, kind
+        largest = max(layout.shared, default=0)
         with torch.inference_mode(False):  # written in whatever mode the caller's next step runs
-            self.outbox = Box(_buffers(layout.outgoing(comm.rank), comm.device))
+            direct = _buffers(layout.sends, comm.device)
+            # A gather of unequal parts would pad them itself, each time, in new memory.
+            self._own = torch.empty(largest, dtype=torch.uint8, device=comm.device)
+            self._rows = torch.empty(comm.world if largest else 0, largest, dtype=torch.uint8, device=comm.device)
+            self.outbox = Box({**direct, EVERYONE: self._own[: layout.shared[comm.rank]]} if largest else direct)
             self._inbox = Box(_buffers(layout.recvs, comm.device))
         self._swapping: Pending[None] | None = None
         self._gathering: Pending[list[Tensor]] | None = None
+
+    @property
+    def num_bytes(self) -> int:
+        """See `Route`."""
+        direct = sum(self._layout.sends.values()) + sum(self._layout.recvs.values())
+        return direct + self._own.numel() + self._rows.numel()
 
     def launch(self) -> None:
         """See `Route`."""
@@ -66,16 +80,20 @@ class PlainRoute:
         if sends or self._inbox.direct:
             self._swapping = self._comm.swap(sends, self._inbox.direct, kind=self._kind)
         if self._layout.says_to_all:
-            own = self.outbox.direct[EVERYONE]
-            self._gathering = self._comm.all_gather(own, self._layout.shared, kind=self._kind)
+            sizes = [self._own.numel()] * self._comm.world
+            self._gathering = self._comm.all_gather(self._own, sizes, kind=self._kind, into=self._rows)
 
     def wait(self) -> Box:
         """See `Route`."""
         if self._swapping is not None:
             self._swapping.wait()
-        gathered = self._gathering.wait() if self._gathering is not None else None
+        if self._gathering is not None:
+            gathered = self._gathering.wait()
+            if not self._inbox.shared:  # the same memory each time; which row is whose, the communicator knows
+                sized = {rank: row[: self._layout.shared[rank]] for rank, row in enumerate(gathered)}
+                self._inbox = Box(self._inbox.direct, sized)
         self._swapping = self._gathering = None
-        return self._inbox if gathered is None else Box(self._inbox.direct, dict(enumerate(gathered)))
+        return self._inbox
 
 
 def _buffers(sizes: Mapping[int, int], device: torch.device) -> dict[int, Tensor]:

@@ -159,11 +159,11 @@ class SharedChannel:
                 works.append(((parcel, peer), [peer]))
         return works
 
-    def gather(self, own: Tensor, world: int) -> tuple[Any, list[Tensor]]:
+    def gather(self, own: Tensor, into: Tensor) -> tuple[Any, list[Tensor]]:
         """See `Channel.gather`."""
-        parts = list(own.new_empty(world, own.numel()).unbind())
+        parts = list(into.unbind())
         parts[self._position].copy_(own)
-        peers = [peer for peer in range(world) if peer != self._position]
+        peers = [peer for peer in range(len(parts)) if peer != self._position]
         works = self.swap([(peer, own) for peer in peers], [(peer, parts[peer]) for peer in peers])
         return [work for work, _ in works], parts
 

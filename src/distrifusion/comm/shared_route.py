@@ -55,11 +55,19 @@ class SharedRoute:
         peers: with whom tokens are exchanged.
         tell: see `Tell`.
         count: called at each launch.
+        num_bytes: of both halves. What is received lies with the peers.
     """
 
     def __init__(
-        self, outboxes: list[Box], inboxes: list[Box], peers: list[int], tell: Tell, count: Callable[[], None]
+        self,
+        outboxes: list[Box],
+        inboxes: list[Box],
+        peers: list[int],
+        tell: Tell,
+        count: Callable[[], None],
+        num_bytes: int,
     ) -> None:
+        self.num_bytes = num_bytes
         self._outboxes, self._inboxes = outboxes, inboxes
         self._tell, self._count = tell, count
         self._turn = 0  # number of launches
@@ -138,7 +146,7 @@ def open_shared_route(
             inboxes.append(Box(direct, shared))
     peers = [peer for peer in range(len(files)) if peer != rank]
     linked = [p for p in peers if layout.says_to_all or p in layout.sends or p in layout.recvs]
-    return SharedRoute(outboxes, inboxes, linked, tell, count)
+    return SharedRoute(outboxes, inboxes, linked, tell, count, len(memories[rank]))
 
 
 def _create(path: Path, size: int) -> mmap.mmap:

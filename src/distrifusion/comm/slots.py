@@ -3,8 +3,8 @@
 Three phases. While steps are synchronous, ``keep`` stores what arrived under each name, and thereby learns the
 layout: who sends what to whom, in which order. The first displaced step lays the names out in a few *chunks* of about
 equal weight. From then on each name is read (``read``: waits, if need be, for the chunk that left one step ago) and
-written (``post``) once per step; a chunk leaves as soon as its last name is written, and has until its first name is
-read in the next step.
+written (``post``) once per step; a chunk leaves as soon as its last name is written (the last one behind the step's
+prediction), and has until its first name is read in the next step.
 
 Each chunk is one message per neighbour for what only neighbours get, and one all-gather for what all get; with two
 ranks these are the same peer, and one message carries both. A chunk travels on a `Route`, opened once per picture: what
@@ -112,6 +112,11 @@ class _Chunk:
         self._nothing = torch.empty(0, dtype=torch.uint8, device=comm.device)
 
     @property
+    def memory(self) -> int:
+        """Bytes of memory for what is sent and received."""
+        return self._route.num_bytes
+
+    @property
     def is_full(self) -> bool:
         return self.num_posted == self._num_entries
 
@@ -159,9 +164,19 @@ class Slots:
         return key in self._entries
 
     @property
+    def is_empty(self) -> bool:
+        """Whether no step has left words."""
+        return not self._entries
+
+    @property
     def num_bytes(self) -> int:
         """Bytes of one step's words, as they are sent."""
         return sum(chunk.num_bytes for chunk in self._chunks)
+
+    @property
+    def memory(self) -> int:
+        """Bytes that this rank holds for messages: what it sends in one step and what it receives in one, at most."""
+        return sum(chunk.memory for chunk in self._chunks)
 
     def keep(
         self,
@@ -235,9 +250,12 @@ class Slots:
             self._due = chunk
 
     def finish(self) -> bool:
-        """End the step: the last chunk leaves. False where a chunk was only partly written, and so did not leave."""
+        """End the step. False where a chunk was only partly written, and so will not leave."""
+        return not any(chunk.num_posted for chunk in self._chunks if chunk is not self._due)
+
+    def depart(self) -> None:
+        """Let the last chunk leave: when the step's prediction has left, which the peers wait for, so it goes first."""
         self._launch_due()
-        return not any(chunk.num_posted for chunk in self._chunks)
 
     def drain(self) -> None:
         """Wait for everything under way. All ranks have launched the same, so this ends."""

@@ -8,7 +8,6 @@ from __future__ import annotations
 import threading
 from collections import Counter
 from collections.abc import Callable, Hashable, Mapping, Sequence
-from time import perf_counter
 from typing import TypeVar
 
 import torch
@@ -135,14 +134,16 @@ class ThreadComm(BaseComm):
                 self._num_received[peer] += 1
         return _Swap(self, letters, kind)
 
-    def all_gather(self, own: Tensor, sizes: Sequence[int], *, kind: str) -> Pending[list[Tensor]]:
+    def all_gather(
+        self, own: Tensor, sizes: Sequence[int], *, kind: str, into: Tensor | None = None
+    ) -> Pending[list[Tensor]]:
         """See `Comm.all_gather`. Counts what torch.distributed would send: parts padded to the largest."""
-        self._check_gather(own, sizes)
+        self._check_gather(own, sizes, into)
         self._hub.check(self._me)
         if self.world == 1 or not any(sizes):
             return Done([own.detach().clone()] + [own.new_empty(0) for _ in sizes[1:]])
         self.meter.gathered(kind, max(sizes) * own.element_size(), self.world - 1)
-        return _Gather(self, self._join(Copy.of(own)), own.dtype, sizes, kind)
+        return _Gather(self, self._join(Copy.of(own)), own.dtype, sizes, kind, into)
 
     def broadcast(self, tensor: Tensor, root: int = 0) -> None:
         """See `Comm.broadcast`."""
@@ -187,7 +188,7 @@ class ThreadComm(BaseComm):
 
     def _waiting(self, wait: Callable[[], T], kind: str, flight: list[Message]) -> T:
         """Call ``wait`` on the clock; a loss is passed on by leaving."""
-        start = perf_counter()
+        start = self.meter.waits()
         try:
             return wait()
         except PeerLost as loss:
@@ -230,11 +231,20 @@ class _Swap:
 class _Gather:
     """An all-gather that is under way."""
 
-    def __init__(self, comm: ThreadComm, table: Round, dtype: torch.dtype, sizes: Sequence[int], kind: str) -> None:
+    def __init__(
+        self,
+        comm: ThreadComm,
+        table: Round,
+        dtype: torch.dtype,
+        sizes: Sequence[int],
+        kind: str,
+        into: Tensor | None,
+    ) -> None:
         self._comm = comm
         self._kind, self._flight = kind, comm.meter.launched()
         self._table = table
         self._like = dtype, list(sizes)
+        self._into = into
         self._result: list[Tensor] | None = None
 
     def wait(self) -> list[Tensor]:
@@ -250,5 +260,9 @@ class _Gather:
                         f"rank {comm._ranks[rank]} gathers {part.tensor.numel()} x {part.tensor.dtype}, "
                         f"rank {comm._me} expected {size} x {dtype}"
                     )
-            self._result = [part.ready().clone() for part in parts]
+            if self._into is None:
+                self._result = [part.ready().clone() for part in parts]
+            else:
+                rows = zip(self._into, parts, sizes, strict=True)
+                self._result = [row[:size].copy_(part.ready()) for row, part, size in rows]
         return self._result

@@ -11,7 +11,6 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from datetime import timedelta
 from functools import partial
-from time import perf_counter
 from traceback import clear_frames
 from typing import Any
 
@@ -135,6 +134,11 @@ class TorchComm(BaseComm):
         """See `Comm.wire`."""
         return self._wire.name if self._wire is not None else "nothing"
 
+    @property
+    def is_slow(self) -> bool:
+        """See `Comm.is_slow`. Gloo is: it goes over a network, or through a thread that must get a core first."""
+        return isinstance(self._wire, GlooChannel)
+
     def _join(self, ranks: Sequence[int], names: Sequence[int] | None) -> None:
         """Take the place in a group of global ``ranks``; ``names`` are what errors call them."""
         self._ranks = list(ranks)
@@ -172,7 +176,8 @@ class TorchComm(BaseComm):
             self._wire = make()
             self._lines.channels.append(self._wire)
             # NCCL connects in the first call, which must not be a swap: some ranks take no part in it.
-            ready, _ = self._wire.gather(torch.zeros(1, dtype=torch.uint8, device=self.device), self.world)
+            byte = torch.zeros(1, dtype=torch.uint8, device=self.device)
+            ready, _ = self._wire.gather(byte, byte.new_empty(self.world, 1))
             self._wire.finish(ready, self.timeout)
 
     def swap(self, sends: Mapping[int, Tensor], recvs: Mapping[int, Tensor], *, kind: str) -> Pending[None]:
@@ -193,9 +198,11 @@ class TorchComm(BaseComm):
             works = wire.swap(out, into)
         return _Launched(self, wire, works, [data for _, data in (*out, *into)], None, kind)
 
-    def all_gather(self, own: Tensor, sizes: Sequence[int], *, kind: str) -> Pending[list[Tensor]]:
+    def all_gather(
+        self, own: Tensor, sizes: Sequence[int], *, kind: str, into: Tensor | None = None
+    ) -> Pending[list[Tensor]]:
         """See `Comm.all_gather`. Parts travel padded to the largest; without a copy where all sizes are equal."""
-        self._check_gather(own, sizes)
+        self._check_gather(own, sizes, into)
         self._lines.check()
         if self.world == 1 or not any(sizes):
             return Done([own.detach().clone()] + [own.new_empty(0) for _ in sizes[1:]])
@@ -207,7 +214,8 @@ class TorchComm(BaseComm):
         wire = self._channel(data)
         others = [rank for rank in range(self.world) if rank != self.rank]
         with self._losing(self._named(others)):
-            work, parts = wire.gather(data, self.world)
+            rows = data.new_empty(self.world, data.numel()) if into is None else into.view(torch.uint8)
+            work, parts = wire.gather(data, rows)
         result = [part[: size * item].view(own.dtype) for part, size in zip(parts, sizes, strict=True)]
         return _Launched(self, wire, [(work, others)], [data, *parts], result, kind)
 
@@ -329,7 +337,7 @@ class _Launched:
             return self._result
         comm, launched = self._comm, self._launched
         comm._lines.check()
-        start = perf_counter()
+        start = comm.meter.waits()
         try:
             while launched.works:  # no local name for a work: it would keep the sockets open after a loss
                 with comm._losing(comm._named(launched.works[0][1])):

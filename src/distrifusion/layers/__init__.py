@@ -1,28 +1,38 @@
 """Layers that compute on a patch: a module of the model plus its seam. They say what they need, not when it travels."""
 
 from .activation import PatchSiLU
+from .attached import Attached
 from .attention import PatchAttention
 from .base import Frame, FrameHolder, Layer
+from .causal import PatchCausalConv, PatchRegroup
 from .conv import PatchConv
 from .linear_attention import PatchLinearAttention
 from .norm import PatchGroupNorm
-from .resample import PatchDownsample, PatchUpsample
-from .seam import PatchSeam
+from .prompt import PatchPrompt
+from .resample import PatchDownsample, PatchInterpolate, PatchPad, PatchUpsample
+from .seam import PatchFrameAttention, PatchSeam
 from .tokens import PatchArguments, PatchEntry, PatchExit, PatchSides
 from .unit import StageUnit
 
 __all__ = [
+    "Attached",
     "Frame",
     "FrameHolder",
     "Layer",
     "PatchArguments",
     "PatchAttention",
+    "PatchCausalConv",
     "PatchConv",
     "PatchDownsample",
     "PatchEntry",
     "PatchExit",
+    "PatchFrameAttention",
     "PatchGroupNorm",
+    "PatchInterpolate",
     "PatchLinearAttention",
+    "PatchPad",
+    "PatchPrompt",
+    "PatchRegroup",
     "PatchSeam",
     "PatchSiLU",
     "PatchSides",

@@ -24,9 +24,10 @@ class PatchSiLU(Layer):
 
     def _forward(self, x: Tensor) -> Tensor:
         module = self.module
-        if x.ndim != 4 or not x.numel() or module.inplace:  # not the picture (the time embedding), or no rows of it
-            plain: Tensor = type(module).forward(module, x)
+        is_picture = x.ndim == 4 and x.numel()  # not the time embedding, or a patch without rows
+        if not is_picture or module.inplace or torch.compiler.is_compiling():  # a compiler sees to such copies
+            plain: Tensor = self.plain(module, x)
             return plain
-        out = empty_with_room(x, self.frame.dim)
+        out = empty_with_room(x, x.shape, self.frame.dim)
         torch.ops.aten.silu.out(x, out=out)
         return out

@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
+from ..comm import Pending
 from ..errors import UnsupportedModel
-from ..geometry import Nearby, halo
+from ..geometry import Nearby, Span, halo
 from .base import Frame, FrameHolder, Layer
+from .merge import attend_own_first, can_merge
 
 MaskToTokens = Callable[[Tensor, int, int, int], Tensor]
 """(mask [B, H, W], batch, tokens, channels) -> [B, tokens, channels]: IP-Adapter's way to a level's size."""
@@ -62,18 +66,52 @@ class PatchAttention(Layer):
         if kwargs.get("ip_adapter_masks") is not None:
             kwargs["ip_adapter_masks"] = self._own_masks(frame, kwargs["ip_adapter_masks"])
         view = _View(attn, self, frame) if to_image and not attn.only_cross_attention else attn
-        output: Tensor = type(attn).forward(view, hidden_states, encoder_hidden_states, attention_mask, **kwargs)
+        # A graph must not depend on the kind of the exchange: one serves all steps.
+        if view is attn or torch.compiler.is_compiling() or not self._is_own_first(frame):
+            output: Tensor = self.plain(view, hidden_states, encoder_hidden_states, attention_mask, **kwargs)
+            return output
+        with _OwnFirst(view, frame.patch):
+            output = self.plain(view, hidden_states, encoder_hidden_states, attention_mask, **kwargs)
         return output
+
+    def _is_own_first(self, frame: Frame) -> bool:
+        """Whether own tokens are attended to while the peers' travel: by the one processor that is known to ask torch
+        for it, of the keys as they are.
+        """
+        is_known = type(self.module.processor).__name__ == "AttnProcessor2_0" and self.module.norm_k is None
+        return frame.exchange.is_slow and frame.context_window is None and is_known
 
     def gather(self, frame: Frame, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
         """Keys and values ``[B, all tokens, C]`` from the own ones ``[B, tokens, C]``, as one message.
 
         With a context window: own tokens, and those of the neighbours that lie in it.
         """
+        if torch.compiler.is_compiling():
+            k, v = self.ask([k, v], [self._num_keys(frame)] * 2, 1)
+            return k, v
         if frame.context_window is not None:
             return self._nearby(frame, frame.context_window, k, v)
-        parts = frame.exchange.gather(self.key, (k, v), frame.num_tokens(self.level), 1).wait()
+        parts = self.launch(frame, k, v).wait()
         return torch.cat([part[0] for part in parts], dim=1), torch.cat([part[1] for part in parts], dim=1)
+
+    def launch(self, frame: Frame, k: Tensor, v: Tensor) -> Pending[list[Sequence[Tensor]]]:
+        """Everyone's keys and values, on their way."""
+        return frame.exchange.gather(self.key, (k, v), frame.num_tokens(self.level), 1)
+
+    def answer(self, tensors: list[Tensor], dim: int, question: int) -> Sequence[Tensor]:
+        """See Layer."""
+        return self.gather(self.frame, *tensors)
+
+    def _num_keys(self, frame: Frame) -> int:
+        """How many tokens there are in what `gather` returns."""
+        sizes, split = frame.num_tokens(self.level), frame.split(self.level)
+        own = split.span(frame.patch)
+        if not frame.sees_peers:
+            return sizes[frame.patch]
+        if frame.context_window is None:
+            return sum(sizes)
+        rows = Nearby(split, frame.context_window).reads(own) & Span(0, split.size) if len(own) else own
+        return len(rows) * frame.levels.across[self.level]
 
     def _nearby(self, frame: Frame, share: float, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
         split, width = frame.split(self.level), k.shape[-1]
@@ -129,13 +167,20 @@ class _View:
         self._attn, self._layer, self._frame = attn, layer, frame
         self._tokens: Tensor | None = None  # of the last to_k
         self._values: Tensor | None = None
+        self.is_own_first = False
+        self.pending: Pending[list[Sequence[Tensor]]] | None = None  # what the own keys and values are waiting for
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._attn, name)
 
     def to_k(self, tokens: Tensor) -> Tensor:
         """Keys of the whole picture; the values of the same tokens come in the same message."""
-        k, self._values = self._layer.gather(self._frame, self._attn.to_k(tokens), self._attn.to_v(tokens))
+        k: Tensor = self._attn.to_k(tokens)
+        self._values = self._attn.to_v(tokens)
+        if self.is_own_first:
+            self.pending = self._layer.launch(self._frame, k, self._values)
+        else:
+            k, self._values = self._layer.gather(self._frame, k, self._values)
         self._tokens = tokens
         return k
 
@@ -145,3 +190,35 @@ class _View:
             return self._values
         own: Tensor = self._attn.to_v(tokens)
         return own
+
+
+class _OwnFirst(TorchFunctionMode):
+    """While the module runs in this thread: its attention begins with own keys, and the peers' follow."""
+
+    def __init__(self, view: _View, patch: int) -> None:
+        super().__init__()
+        view.is_own_first = True
+        self._view, self._patch = view, patch
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is not F.scaled_dot_product_attention or self._view.pending is None:
+            return func(*args, **(kwargs or {}))
+        return self._attend(*args, **(kwargs or {}))
+
+    def _attend(self, query: Tensor, key: Tensor, value: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        """With keys ``[B, heads, own, D]``, whose peers' travel as ``[B, n, heads x D]``."""
+        pending, self._view.pending = self._view.pending, None
+        assert pending is not None
+
+        def others() -> tuple[Tensor, Tensor]:
+            parts = [part for rank, part in enumerate(pending.wait()) if rank != self._patch]
+            k, v = (torch.cat([part[i] for part in parts], 1) for i in (0, 1))
+            heads = (*k.shape[:2], *key.shape[1::2])  # [B, n, heads, D]
+            return k.view(heads).transpose(1, 2), v.view(heads).transpose(1, 2)
+
+        if can_merge(query, key, value, *args, **kwargs):
+            return attend_own_first(query, key, value, others, kwargs.get("scale"))
+        k, v = others()
+        k, v = torch.cat([key, k], 2), torch.cat([value, v], 2)
+        result: Tensor = F.scaled_dot_product_attention(query, k, v, *args, **kwargs)
+        return result

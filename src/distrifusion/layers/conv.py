@@ -9,8 +9,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..errors import UnsupportedModel
-from ..geometry import Span, Split, Window
-from .base import Frame, FrameHolder, Layer, with_halo
+from ..geometry import Reader, Span, Split, Window
+from .base import Frame, FrameHolder, HaloLayer
 
 Pads = tuple[int, int]
 
@@ -42,7 +42,7 @@ def windows(module: Any, extra: Pads = (0, 0), name: str = "") -> tuple[Window, 
     return both[0], both[1]
 
 
-class PatchConv(Layer):
+class PatchConv(HaloLayer):
     """``nn.Conv2d`` or ``nn.AvgPool2d``: ``[B, C, rows, W]`` -> ``[B, C', rows', W']``, own rows in and out.
 
     ``level`` and ``level_out`` are the model's levels before and after. With ``reads_whole`` the input is the whole
@@ -63,30 +63,27 @@ class PatchConv(Layer):
     ) -> None:
         super().__init__(module, key, holder)
         self.level, self.level_out = level, level_out
-        self._windows = windows(module, extra, key)
+        self.windows = windows(module, extra, key)  # along rows, along columns
         self._extra = extra
-        self._reads_whole = reads_whole
+        self.reads_whole = reads_whole
 
     @property
     def forward(self) -> Callable[..., Any]:
         """See Layer."""
         return self._forward
 
+    def reach(self, frame: Frame) -> tuple[Split, Split, Reader]:
+        """See HaloLayer."""
+        return frame.split(self.level), frame.split(self.level_out), self.windows[frame.dim - 2]
+
     def _forward(self, x: Tensor) -> Tensor:
         frame = self.frame
-        inputs, outputs = frame.split(self.level), frame.split(self.level_out)
-        window = self._windows[frame.dim - 2]
-        if self._reads_whole and not frame.exchange.sees_latents:
-            own = inputs.span(frame.patch)
-            x = x.narrow(frame.dim, own.start, len(own))
-        if self._reads_whole and frame.exchange.sees_latents:
-            rows = _window_of_whole(x, frame, outputs, window)
-        else:
-            rows = with_halo(frame, self.key, x, inputs, outputs, window)
+        outputs = frame.split(self.level_out)
+        rows = rows_read(self, frame, x, reads_whole=self.reads_whole)
         if not len(outputs.span(frame.patch)):
             channels = x.shape[1] if isinstance(self.module, nn.AvgPool2d) else self.module.out_channels
             return x.new_empty(x.shape[0], channels, *frame.sides(self.level_out, 0))
-        across = self._windows[3 - frame.dim].padding
+        across = self.windows[3 - frame.dim].padding
         if across[0] != across[1]:
             rows = F.pad(rows, (*across, 0, 0) if frame.dim == 2 else (0, 0, *across))
             across = (0, 0)
@@ -102,7 +99,21 @@ class PatchConv(Layer):
         return F.conv2d(rows, module.weight, module.bias, module.stride, padding, module.dilation, module.groups)
 
 
-def _window_of_whole(x: Tensor, frame: Frame, outputs: Split, window: Window) -> Tensor:
+def rows_read(layer: HaloLayer, frame: Frame, x: Tensor, *, reads_whole: bool) -> Tensor:
+    """The rows that a convolution needs for its own rows of output, zeros beyond the picture included.
+
+    ``x`` is the own patch ``[B, C, rows, W]``, or with ``reads_whole`` the whole picture: nothing travels then.
+    """
+    if reads_whole:
+        inputs, outputs, window = layer.reach(frame)
+        if frame.sees_peers:
+            return _window_of_whole(x, frame, outputs, window)
+        own = inputs.span(frame.patch)
+        x = x.narrow(frame.dim, own.start, len(own))
+    return layer.with_halo(frame, x)
+
+
+def _window_of_whole(x: Tensor, frame: Frame, outputs: Split, window: Reader) -> Tensor:
     out = outputs.span(frame.patch)
     if not len(out):
         return x.narrow(frame.dim, 0, 0)

@@ -6,7 +6,7 @@ K. Both have one size, whatever the picture's, and each rank adds up its own tok
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -15,6 +15,7 @@ from torch.overrides import TorchFunctionMode
 
 from ..errors import UnsupportedModel
 from .base import Frame, FrameHolder, Layer
+from .seam import traceable
 from .tokens import TOKENS
 
 
@@ -49,16 +50,23 @@ class PatchLinearAttention(Layer):
                 f"{self.key}: {processor.__name__} is not known to sum over tokens as "
                 f"{self._processors[0].__name__} does; use that one"
             )
-        with _Summing(self, self.frame) as summing:
-            result = type(self.module).forward(self.module, *args, **kwargs)
+        summing = _Summing(self, self.frame)
+        with summing:
+            result = self.plain(self.module, *args, **kwargs)
         assert summing.is_done, f"{self.key}: {processor.__name__} has not multiplied values by keys"
         return result
 
     def total(self, frame: Frame, own: Tensor) -> Tensor:
         """The sum ``[B, heads, D + 1, D]`` of all patches' ``own`` ones; of the own alone where no peer is heard."""
+        if torch.compiler.is_compiling():
+            return self.ask([own], [own.shape[2]], 2)[0]
         sizes = [own.shape[2]] * frame.split(0).num_patches
         parts = [part for (part,) in frame.exchange.gather(self.key, (own,), sizes, 2).wait() if part.shape[2]]
         return parts[0] if len(parts) == 1 else torch.stack(parts).sum(0)
+
+    def answer(self, tensors: list[Tensor], dim: int, question: int) -> Sequence[Tensor]:
+        """See Layer."""
+        return [self.total(self.frame, tensors[0])]
 
 
 class _Summing(TorchFunctionMode):
@@ -71,7 +79,7 @@ class _Summing(TorchFunctionMode):
         self.is_done = False
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        result = func(*args, **(kwargs or {}))
+        result = traceable(func)(*args, **(kwargs or {}))
         # The processor's own, not one inside of a quantised projection, which is over channels.
         if self.is_done or func is not torch.matmul or args[0].ndim != 4 or args[0].shape[3] != self._num_tokens:
             return result

@@ -9,11 +9,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..geometry import Nearest
-from .base import FrameHolder, Layer, with_halo
+from ..geometry import Nearest, Split
+from .base import Frame, FrameHolder, HaloLayer, Layer, empty_with_room
 
 
-class PatchUpsample(Layer):
+class PatchUpsample(HaloLayer):
     """``Upsample2D``: nearest interpolation to the next finer level, then its convolution (a seam of its own).
 
     ``[B, C, rows, W]`` -> ``[B, C', rows', W']``. The target size is the finer level's, so the ``output_size`` that
@@ -34,25 +34,67 @@ class PatchUpsample(Layer):
         if module.norm is not None:
             hidden_states = module.norm(hidden_states.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
         if module.interpolate:
-            hidden_states = self._interpolate(hidden_states)
+            hidden_states = nearest(self, hidden_states)
         if module.use_conv:
             hidden_states = module.conv(hidden_states) if module.name == "conv" else module.Conv2d_0(hidden_states)
         return hidden_states
 
-    def _interpolate(self, x: Tensor) -> Tensor:
-        frame = self.frame
-        inputs, outputs = frame.split(self.level), frame.split(self.level_out)
-        reader = Nearest(inputs.size, outputs.size)
-        rows = with_halo(frame, self.key, x, inputs, outputs, reader)
-        out = outputs.span(frame.patch)
-        sides = frame.sides(self.level_out, len(out))
-        if not len(out):
-            return x.new_empty(*x.shape[:2], *sides)
-        if len(out) == 2 * rows.shape[frame.dim] and outputs.size == 2 * inputs.size:
-            return F.interpolate(rows, size=sides, mode="nearest")
-        first = reader.source(out.start)
-        index = torch.tensor([reader.source(row) - first for row in range(out.start, out.stop)], device=x.device)
-        return F.interpolate(rows.index_select(frame.dim, index), size=sides, mode="nearest")
+    def reach(self, frame: Frame) -> tuple[Split, Split, Nearest]:
+        """See HaloLayer."""
+        return finer(self, frame)
+
+
+def finer(layer: PatchUpsample | PatchInterpolate, frame: Frame) -> tuple[Split, Split, Nearest]:
+    """From ``layer.level`` to the next finer ``layer.level_out``. See HaloLayer."""
+    inputs, outputs = frame.split(layer.level), frame.split(layer.level_out)
+    return inputs, outputs, Nearest(inputs.size, outputs.size)
+
+
+def nearest(layer: PatchUpsample | PatchInterpolate, x: Tensor) -> Tensor:
+    """Nearest interpolation of a patch ``[B, C, rows, W]`` to the next finer level, ``[B, C, rows', W']``."""
+    frame = layer.frame
+    inputs, outputs, reader = finer(layer, frame)
+    rows = layer.with_halo(frame, x)
+    out = outputs.span(frame.patch)
+    sides = frame.sides(layer.level_out, len(out))
+    if not len(out):
+        return x.new_empty(*x.shape[:2], *sides)
+    if len(out) == 2 * rows.shape[frame.dim] and outputs.size == 2 * inputs.size:
+        if sides == (2 * rows.shape[2], 2 * rows.shape[3]) and not torch.compiler.is_compiling():
+            return _doubled(rows, frame.dim)
+        return F.interpolate(rows, size=sides, mode="nearest")
+    first = reader.source(out.start)
+    index = torch.tensor([reader.source(row) - first for row in range(out.start, out.stop)], device=x.device)
+    return F.interpolate(rows.index_select(frame.dim, index), size=sides, mode="nearest")
+
+
+def _doubled(rows: Tensor, dim: int) -> Tensor:
+    """Twice the rows and columns, with room for a halo: a convolution comes next."""
+    wide = F.interpolate(rows, size=(rows.shape[2], 2 * rows.shape[3]), mode="nearest")
+    out = empty_with_room(rows, (*rows.shape[:2], 2 * rows.shape[2], wide.shape[3]), dim)
+    for row in (0, 1):
+        out[:, :, row::2].copy_(wide)
+    return out
+
+
+class PatchInterpolate(HaloLayer):
+    """``nn.Upsample`` by 2, nearest: ``[B, C, rows, W]`` -> ``[B, C, rows', W']``, any dtype."""
+
+    def __init__(self, module: nn.Module, key: str, holder: FrameHolder, *, level: int, level_out: int) -> None:
+        super().__init__(module, key, holder)
+        self.level, self.level_out = level, level_out
+
+    @property
+    def forward(self) -> Callable[..., Any]:
+        """See Layer."""
+        return self._forward
+
+    def reach(self, frame: Frame) -> tuple[Split, Split, Nearest]:
+        """See HaloLayer."""
+        return finer(self, frame)
+
+    def _forward(self, x: Tensor) -> Tensor:
+        return nearest(self, x)
 
 
 class PatchDownsample(Layer):
@@ -72,3 +114,15 @@ class PatchDownsample(Layer):
             hidden_states = module.norm(hidden_states.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
         out: Tensor = module.conv(hidden_states)
         return out
+
+
+class PatchPad(Layer):
+    """``nn.ZeroPad2d`` before a convolution that knows of its zeros: nothing is left to do."""
+
+    @property
+    def forward(self) -> Callable[..., Any]:
+        """See Layer."""
+        return self._forward
+
+    def _forward(self, x: Tensor) -> Tensor:
+        return x

@@ -37,7 +37,7 @@ class PatchStem(Layer):
         dim, split = frame.dim, frame.split(0)
         own = split.span(frame.patch)
         if self._windows is None:
-            whole: Tensor = type(self.module).forward(self.module, x)
+            whole: Tensor = self.plain(self.module, x)
             self._check(whole.shape[dim], whole.shape[5 - dim])
             return whole.narrow(dim, own.start, len(own))
         along, across = ([pair[axis] for pair in self._windows] for axis in (dim - 2, 3 - dim))
@@ -47,7 +47,7 @@ class PatchStem(Layer):
         # On a multiple of the stride, the rows of the slice stay those of the picture through all of the stack; the
         # zeros around the slice reach no row that is needed.
         first, last = needed.start // stride * stride, min(-(-needed.stop // stride) * stride, size)
-        rows: Tensor = type(self.module).forward(self.module, x.narrow(dim, first, last - first))
+        rows: Tensor = self.plain(self.module, x.narrow(dim, first, last - first))
         return rows.narrow(dim, own.start - first // stride, len(own))
 
     def _check(self, along: int, across: int) -> None:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import torch
 import torch.nn.functional as F
@@ -24,6 +24,8 @@ LATENTS, TOKENS = 0, 1
 Place = Literal["first", "last", "ragged"]
 """Where image tokens stand. ``"last"`` is before the frame's guests; ``"ragged"`` after the text of each sample, where
 the frame says, with padding after them."""
+
+PLACES: tuple[Place, ...] = get_args(Place)
 
 Cut = Callable[[Any, Frame], Any]
 """What a module or method returned about the whole picture -> the same for the frame's patch."""
@@ -93,9 +95,9 @@ class PatchEntry(Layer):
     def __init__(
         self, module: nn.Module, key: str, holder: FrameHolder, *, cut: Tokens | Cut, method: str = "forward"
     ) -> None:
+        self.method = method
         super().__init__(module, key, holder)
         self._cut = cut
-        self.method = method
 
     @property
     def forward(self) -> Callable[..., Any]:
@@ -103,7 +105,7 @@ class PatchEntry(Layer):
         return self._forward
 
     def _forward(self, *args: Any, **kwargs: Any) -> Any:
-        whole = getattr(type(self.module), self.method)(self.module, *args, **kwargs)
+        whole = self.plain(self.module, *args, **kwargs)
         if isinstance(self._cut, Tokens):
             return own_tokens(whole, self._cut, self.frame)
         return self._cut(whole, self.frame)
@@ -126,7 +128,7 @@ class PatchArguments(Layer):
 
     def _forward(self, *args: Any, **kwargs: Any) -> Any:
         own = {name: own_tokens(kwargs[name], tokens, self.frame) for name, tokens in self._cuts.items()}
-        return type(self.module).forward(self.module, *args, **{**kwargs, **own})
+        return self.plain(self.module, *args, **{**kwargs, **own})
 
 
 class PatchExit(Layer):
@@ -146,7 +148,7 @@ class PatchExit(Layer):
         return self._forward
 
     def _forward(self, *args: Any, **kwargs: Any) -> Any:
-        out: Tensor = type(self.module).forward(self.module, *args, **kwargs)
+        out: Tensor = self.plain(self.module, *args, **kwargs)
         frame, split = self.frame, self.frame.split(TOKENS)
         sizes = frame.num_tokens(TOKENS)
         own, joined = self._tokens.parts(out, sizes[frame.patch], frame)
@@ -168,7 +170,8 @@ class PatchSides(Layer):
 
     def __init__(self, module: nn.Module, key: str, holder: FrameHolder) -> None:
         super().__init__(module, key, holder)
-        self._signature = inspect.signature(type(module).forward)
+        names = list(inspect.signature(type(module).forward).parameters)[1:]  # without self
+        self._told = [(name, names.index(name)) for name in ("height", "width", "num_tokens") if name in names]
 
     @property
     def forward(self) -> Callable[..., Any]:
@@ -176,12 +179,16 @@ class PatchSides(Layer):
         return self._forward
 
     def _forward(self, *args: Any, **kwargs: Any) -> Any:
-        frame, call = self.frame, self._signature.bind(self.module, *args, **kwargs)
+        frame, given = self.frame, list(args)
         own = frame.split(TOKENS).sizes[frame.patch]
         height, width = frame.sides(TOKENS, own)
         sizes = {"height": height, "width": width, "num_tokens": height * width}
-        call.arguments.update({name: sizes[name] for name in self._signature.parameters if name in sizes})
-        return type(self.module).forward(*call.args, **call.kwargs)
+        for name, position in self._told:
+            if position < len(given):
+                given[position] = sizes[name]
+            else:
+                kwargs[name] = sizes[name]
+        return self.plain(self.module, *given, **kwargs)
 
 
 def own_tokens(x: Any, tokens: Tokens, frame: Frame) -> Any:

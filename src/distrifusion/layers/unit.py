@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+import torch
 from torch import nn
 
 from ..boundary import Staged
@@ -23,6 +24,7 @@ class StageUnit(Layer):
         """See Layer."""
         return self._forward
 
+    @torch.compiler.disable  # type: ignore[untyped-decorator]
     def _forward(self, *args: Any, **kwargs: Any) -> Any:
         stage = self.frame.exchange
         assert isinstance(stage, Staged)

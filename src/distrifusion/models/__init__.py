@@ -3,14 +3,27 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from ..config import BUILT
 from ..errors import UnsupportedModel
 from ..layers import FrameHolder, Layer
 from .table import Call, Table
 
-__all__ = ["Call", "Table", "controlnet_table", "is_known", "stage_layers", "supported", "table_for"]
+if TYPE_CHECKING:
+    from .vae import Half
+
+__all__ = [
+    "Call",
+    "Half",
+    "Table",
+    "controlnet_table",
+    "is_known",
+    "stage_layers",
+    "supported",
+    "table_for",
+    "vae_halves",
+]
 
 
 def table_for(model: Any) -> Table:
@@ -30,8 +43,17 @@ def table_for(model: Any) -> Table:
             return TransformerTable(model, plan)
     if "ControlNet" in type(model).__name__ and not type(model).__name__.startswith("UNet"):
         raise UnsupportedModel(f"{type(model).__name__} is spread together with its U-Net: give the pipeline of both")
-    known = ", ".join(family.__name__ for family in (*FAMILIES, *(plan.model for plan in PLANS)))
+    from .vae import PLANS as VAES
+
+    known = ", ".join(family.__name__ for family in (*FAMILIES, *(plan.model for plan in PLANS), *VAES))
     raise UnsupportedModel(f"{type(model).__name__} has no table; known are: {known}")
+
+
+def vae_halves(vae: Any) -> tuple[Half, ...] | None:
+    """Encoder and decoder of a VAE; None: no table knows its class."""
+    from .vae import PLANS, halves
+
+    return halves(vae) if type(vae) in PLANS else None
 
 
 def controlnet_table(controlnet: Any, unet: Any) -> Table | None:
@@ -81,11 +103,21 @@ pipelined with a held input equals one device after two steps at world 2: tests/
 )
 
 
-def supported() -> list[dict[str, Any]]:
-    """One entry per class of denoiser: ``class``, ``models``, ``strategies``, ``features``, ``checked``, ``diffusers``.
+_VAES = {
+    "AutoencoderKL": ["Stable Diffusion 1.x, 2.x, 3.x", "SDXL", "FLUX.1", "Z-Image"],
+    "AutoencoderKLFlux2": ["FLUX.2"],
+    "AutoencoderTiny": ["TAESD", "the bundled model"],
+    "AutoencoderKLQwenImage": ["Qwen-Image"],
+    "AutoencoderKLWan": ["Wan 2.1", "Wan 2.2"],
+}
 
-    ``checked`` says what was compared with what, and the tests that do it: models of these shapes a few channels wide,
-    with random weights, on ranks that are threads. ``diffusers`` is the release they ran with.
+
+def supported() -> list[dict[str, Any]]:
+    """One entry per class: ``class``, ``models``, ``strategies``, ``features``, ``checked``, ``diffusers``.
+
+    Denoisers first, then VAEs. ``checked`` says what was compared with what, and the tests that do it: models of these
+    shapes a few channels wide, with random weights, on ranks that are threads. ``diffusers`` is the release they ran
+    with.
     """
     from .plans import PLANS
 
@@ -103,7 +135,23 @@ def supported() -> list[dict[str, Any]]:
         }
         for plan in PLANS
     ]
-    return [{**entry, "diffusers": CHECKED_WITH} for entry in (*_unets(), *transformers)]
+    vaes = [
+        {
+            "class": name,
+            "models": models,
+            "strategies": list(BUILT),
+            "features": [
+                "exact under every strategy, by rows or columns over all ranks",
+                "encode and decode",
+                "slicing",
+                "tiling (runs whole on every rank)",
+            ],
+            "checked": "encode and decode equal one device (relative L2 <= 1e-5, float32) at worlds 2, 3, 5, rows and "
+            "columns, batch 1 and 2, odd sizes: tests/test_vae_exact.py; whole pipelines: tests/test_pipelines_vae.py",
+        }
+        for name, models in _VAES.items()
+    ]
+    return [{**entry, "diffusers": CHECKED_WITH} for entry in (*_unets(), *transformers, *vaes)]
 
 
 def _unets() -> list[dict[str, Any]]:

@@ -26,6 +26,7 @@ from ..layers import (
     PatchConv,
     PatchDownsample,
     PatchGroupNorm,
+    PatchPrompt,
     PatchSiLU,
     PatchUpsample,
 )
@@ -62,11 +63,15 @@ CONTAINERS: tuple[type, ...] = (
     nn.Sequential,
     nn.ParameterDict,
     blocks.DownBlock2D,
+    blocks.DownEncoderBlock2D,
     blocks.UpBlock2D,
+    blocks.UpDecoderBlock2D,
     blocks.CrossAttnDownBlock2D,
     blocks.CrossAttnUpBlock2D,
     blocks.AttnDownBlock2D,
+    blocks.AttnDownEncoderBlock2D,
     blocks.AttnUpBlock2D,
+    blocks.AttnUpDecoderBlock2D,
     blocks.ResnetDownsampleBlock2D,
     blocks.ResnetUpsampleBlock2D,
     blocks.SimpleCrossAttnDownBlock2D,
@@ -131,8 +136,25 @@ def _attention(walk: Walk, module: Any, name: str, place: Place) -> Iterator[Lay
     if module.spatial_norm is not None:
         raise unsupported(module.spatial_norm, f"{name}.spatial_norm")
     yield PatchAttention(module, name, walk.holder, level=place.level, mask_to_tokens=IPAdapterMaskProcessor.downsample)
+    for name_of_prompt, module_of_prompt in _prompt(module):
+        yield PatchPrompt(module_of_prompt, f"{name}.{name_of_prompt}", walk.holder)
     # norm_cross normalises the text, which every rank has whole.
     yield from walk.children(module, name, place, skip=("processor", "norm_cross"))
+
+
+def _prompt(attn: Any) -> Iterator[tuple[str, nn.Module]]:
+    """What an attention makes of the text, and of an IP-Adapter's pictures, by name."""
+    names = []
+    if attn.added_kv_proj_dim is not None:
+        names = ["add_k_proj", "add_v_proj"]
+    elif attn.is_cross_attention:
+        names = ["to_k", "to_v"]
+    for name in (*names, "norm_cross"):
+        if isinstance(getattr(attn, name, None), nn.Module):
+            yield name, getattr(attn, name)
+    for name in ("to_k_ip", "to_v_ip"):
+        for i, each in enumerate(getattr(attn.processor, name, None) or ()):
+            yield f"processor.{name}.{i}", each
 
 
 def _upsample(walk: Walk, module: Any, name: str, place: Place) -> Iterator[Layer]:
@@ -208,6 +230,8 @@ def walk_over(holder: FrameHolder) -> Walk:
 
 def down_and_mid(model: Any, walk: Walk) -> Iterator[Layer]:
     """Layers of the half that U-Nets and ControlNets share: ``conv_in``, the down blocks, the mid block."""
+    if getattr(model, "encoder_hid_proj", None) is not None:
+        yield PatchPrompt(model.encoder_hid_proj, "encoder_hid_proj", walk.holder)
     yield from walk(model.conv_in, "conv_in", Place(0, 0, reads_whole=True))
     level = 0
     for i, each in enumerate(model.down_blocks):
@@ -254,12 +278,12 @@ def downsampling_windows(model: Any) -> tuple[list[Window], list[Window]]:
     return along, across
 
 
-def levels_of(model: Any, height: int, width: int, num_patches: int, dim: int) -> Levels:
+def levels_of(model: Any, height: int, width: int, weights: tuple[float, ...], dim: int) -> Levels:
     """The splits of a latent at every level of ``model``. See Table."""
     rows, cols = downsampling_windows(model)
     if dim == 2:
-        return Levels.down(height, width, num_patches, rows, cols)
-    return Levels.down(width, height, num_patches, cols, rows)
+        return Levels.down(height, width, weights, rows, cols)
+    return Levels.down(width, height, weights, cols, rows)
 
 
 def branches_share_batch(model: Any) -> bool:

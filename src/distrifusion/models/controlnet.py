@@ -49,9 +49,9 @@ class ControlNetTable:
         """See Table."""
         return 0
 
-    def levels(self, height: int, width: int, num_patches: int, dim: int) -> Levels:
+    def levels(self, height: int, width: int, weights: tuple[float, ...], dim: int) -> Levels:
         """See Table."""
-        return levels_of(self.model, height, width, num_patches, dim)
+        return levels_of(self.model, height, width, weights, dim)
 
     def layers(self, holder: FrameHolder) -> Iterator[Layer]:
         """See Table."""

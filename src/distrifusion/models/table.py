@@ -72,8 +72,10 @@ class Table(Protocol):
         """Tokens of further pictures to look at, which stand right after those of the call's picture."""
         ...
 
-    def levels(self, height: int, width: int, num_patches: int, dim: int) -> Levels:
+    def levels(self, height: int, width: int, weights: tuple[float, ...], dim: int) -> Levels:
         """The splits of a latent of ``height`` x ``width`` along ``dim`` (2 rows, 3 cols) at every level.
+
+        ``weights`` has one number for each patch, to which its rows are in proportion.
 
         Raises:
             ConfigError: a size that the model cannot take, or fewer rows than patches.

@@ -26,6 +26,7 @@ from ..layers import (
     PatchEntry,
     PatchExit,
     PatchLinearAttention,
+    PatchPrompt,
     PatchSeam,
     PatchSides,
 )
@@ -71,6 +72,7 @@ class Plan:
         cuts: arguments that hold the tokens of the whole picture, or are lists or tuples of such, and how. One without
             that dim, or of 1 there, is for all tokens and stays, such as a timestep.
         texts: attentions that see no image token among their keys, or belong to the text alone.
+        prompts: modules that read the text and nothing else, the same in every step: they run once per picture.
         conditions: arguments that stay the same in a picture and guidance branch.
         unknown: arguments that are refused when given.
     """
@@ -92,6 +94,7 @@ class Plan:
     sides: tuple[str, ...] = ()
     cuts: Mapping[str, Tokens] = field(default_factory=dict)
     texts: tuple[str, ...] = ()
+    prompts: tuple[str, ...] = ()
     conditions: tuple[str, ...] = ("encoder_hidden_states",)
     unknown: tuple[str, ...] = ()
 
@@ -121,17 +124,17 @@ class TransformerTable:
         """See Table."""
         return self._plan.grid(self.model, call).guests
 
-    def levels(self, height: int, width: int, num_patches: int, dim: int) -> Levels:
+    def levels(self, height: int, width: int, weights: tuple[float, ...], dim: int) -> Levels:
         """See Table. Level 0 is the latent's, level 1 that of its tokens."""
         patch = self._plan.patch(self.model)
         along, across = (height, width) if dim == 2 else (width, height)
-        if along // patch < num_patches:
+        if along // patch < len(weights):
             what = "rows" if dim == 2 else "columns"
             raise ConfigError(
-                f"{along // patch} {what} of tokens cannot be split over {num_patches} ranks: "
+                f"{along // patch} {what} of tokens cannot be split over {len(weights)} ranks: "
                 f"the largest world for this picture is {along // patch}"
             )
-        tokens = Split.even(along // patch, num_patches)
+        tokens = Split.weighted(along // patch, weights)
         latents = Split(tuple(patch * bound for bound in tokens.bounds))
         return Levels((latents, tokens), (across, across // patch))
 
@@ -160,6 +163,8 @@ class TransformerTable:
             elif name == plan.exit:
                 pattern = name
                 yield PatchExit(module, name, holder, tokens=plan.leaving)
+            elif (pattern := matching(name, plan.prompts)) is not None:
+                yield PatchPrompt(module, name, holder)
             elif hasattr(module, "processor") and matching(name, plan.texts) is None:
                 raise unsupported(module, name, "is an attention that the plan of its model does not name")
             elif isinstance(module, _READS_BEYOND) and not any(name.startswith(entry) for entry in plan.entries):

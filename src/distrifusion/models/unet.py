@@ -52,14 +52,14 @@ class UNetTable:
         """See Table."""
         return 0
 
-    def levels(self, height: int, width: int, num_patches: int, dim: int) -> Levels:
+    def levels(self, height: int, width: int, weights: tuple[float, ...], dim: int) -> Levels:
         """See Table."""
         unit = 2 ** len(downsampling_windows(self.model)[0])
         if self._only_doubles and (height % unit or width % unit):
             raise ConfigError(
                 f"a latent of {height} x {width} does not fit this model: both must be multiples of {unit}"
             )
-        return levels_of(self.model, height, width, num_patches, dim)
+        return levels_of(self.model, height, width, weights, dim)
 
     def layers(self, holder: FrameHolder) -> Iterator[Layer]:
         """See Table."""

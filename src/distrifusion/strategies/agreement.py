@@ -40,6 +40,18 @@ def check_call(comm: Comm, call: Call, config: ParallelConfig, conditioning: Any
         _close("conditions", [torch.tensor(theirs[i]) for theirs in everyone], "the same prompt (and condition image)")
 
 
+def agree_on_input(comm: Comm, name: str, sample: Tensor, facts: dict[str, Any]) -> None:
+    """Compare what the ranks are about to ``name`` (encode or decode): its shape, dtype, values, and ``facts``. Blocks.
+
+    Raises:
+        RanksDisagree: names what differs, and two values with their ranks.
+    """
+    shape, dtype = " x ".join(map(str, sample.shape)), str(sample.dtype).removeprefix("torch.")
+    agree(comm, {f"input to {name}": f"{shape} {dtype}", **facts})
+    probes = comm.all_gather_object(probe(sample).tolist())
+    _close(f"values to {name}", [torch.tensor(values) for values in probes], "the same picture and seed")
+
+
 def agree(comm: Comm, facts: dict[str, Any]) -> None:
     """Compare named values of all ranks. Blocks.
 

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 from ..boundary import Stages
 from ..comm.residual import Wire
 from ..comm.slots import Slots
 from ..exchange import Exchange
+from ..geometry import Levels
 
 
 @dataclass
@@ -16,18 +17,30 @@ class State:
     """One picture's progress in one guidance branch."""
 
     step: int = 0  # calls of the denoiser so far
+    num_calls: int = 0  # the same, with those that the other half of the ranks makes, and never back at 0
+    levels: Levels | None = None  # the rows that slots and wire are about
     slots: Slots | None = None  # of strategies with late values
     wire: Wire | None = None  # of synchronous values that travel as residuals
     stages: Stages | None = None  # of a model that is cut over its depth
     is_checked: bool = False  # whether the ranks have compared what they were given
     is_halved: bool = False  # whether only one half of the ranks makes its steps
     last: Any = None  # what a call gave, for shapes and class
+    memory: dict[str, Any] = field(default_factory=dict)  # what layers keep from step to step, by name
 
     def restart(self, fresh: State) -> None:
         """Begin anew, as ``fresh``, in the same picture."""
-        self.drain()
+        self.forget(fresh)
         self.step, self.is_halved = 0, False
+
+    def forget(self, fresh: State) -> None:
+        """Go on without the words of the step before, as ``fresh`` has none."""
+        self.drain()
         self.slots, self.wire, self.stages = fresh.slots, fresh.wire, fresh.stages
+
+    def depart(self) -> None:
+        """Let leave what has waited for the prediction to go first."""
+        if self.slots is not None:
+            self.slots.depart()
 
     def drain(self) -> None:
         """Wait for what is still under way."""

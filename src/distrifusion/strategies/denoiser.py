@@ -14,14 +14,17 @@ from torch import nn
 from ..boundary import Staged
 from ..comm import Comm
 from ..config import ParallelConfig
-from ..errors import ConfigError, DistrifusionError, UnsupportedModel
-from ..layers import Frame, FrameHolder, Layer
+from ..errors import ConfigError, UnsupportedModel
+from ..geometry import Levels
+from ..layers import Attached, Frame, FrameHolder
 from ..mesh import Mesh
 from ..metrics import Report
 from ..models import Call, Table, stage_layers
 from . import strategy_for
 from .agreement import check_call, check_latents, probe
+from .balance import Balance
 from .base import State
+from .compiling import Compiling
 from .guidance import Guidance, Halves
 from .pairs import Pairs, Ran
 from .pictures import Pictures
@@ -39,9 +42,11 @@ class ParallelDenoiser:
         timesteps: asked at each call for an object that is another one in each picture, such as the scheduler's
             timesteps.
         guidance: the split of the batch, where models share one; None: one of its own.
+        balance: the rows of each rank, which it has in common with its feeders; None: one of its own.
         feeders: models that run before this one in each step and leave their outputs to it in patches, such as
             ControlNets. They are reported, reset and detached with it.
         notes: what the report is to say beside the numbers.
+        wrapper: see `Compiling`.
 
     Raises:
         ConfigError: the world does not fit the configuration.
@@ -56,8 +61,10 @@ class ParallelDenoiser:
         timesteps: Callable[[], Any] = lambda: None,
         *,
         guidance: Guidance | None = None,
+        balance: Balance | None = None,
         feeders: Sequence[ParallelDenoiser] = (),
         notes: Sequence[str] = (),
+        wrapper: Any = None,
     ) -> None:
         if config.context_window is not None and not table.has_window:
             raise UnsupportedModel(
@@ -68,22 +75,25 @@ class ParallelDenoiser:
         self._comm = comm
         self._mesh = Mesh.fit(config, comm.world)
         self._guidance = guidance if guidance is not None else Guidance(self._mesh, comm)
+        self._balance = balance if balance is not None else Balance(config, self._mesh, comm)
         self._feeders = tuple(feeders)
         self._notes = list(notes)
         self._cost = Cost()  # of a feeder, until it is asked for
         self._strategy = strategy_for(config, self._guidance.patches)
         self._holder = FrameHolder()
-        self._layers: dict[tuple[int, str], Layer] = {}  # by their place
+        self._layers = Attached()
         self._pictures = Pictures(self._strategy, timesteps)
         self._dim = 2 if config.split == "rows" else 3
         self._is_spread = self._mesh.world > self._mesh.size("cfg")
         has_halves = self._mesh.size("cfg") > 1 and not self._feeders
         branch = self._guidance.branch if has_halves else None
         start = self._strategy.start
-        self._pairs = Pairs(branch, self._run, self._deliver, start, self._pictures.place, self._guarded)
+        self._pairs = Pairs(branch, self._run, self._skip, self._deliver, start, self._pictures.place, self._guarded)
+        self._leaving: State | None = None  # of the call whose last words go behind its prediction
         self._kind = "sync"  # how fresh the last call was
-        self.report = self._new_report()
         self._inner: Callable[..., Any] = table.model.forward
+        self._compiling = Compiling(table.model, self._inner, wrapper)
+        self.report = self._new_report()
         self._previous = table.model.__dict__.get("forward")
         self._attach_layers()
 
@@ -91,7 +101,7 @@ class ParallelDenoiser:
         def forward(*args: Any, **kwargs: Any) -> Any:
             return self._forward(*args, **kwargs)
 
-        # Collectives and clocks are not for a compiler, which would make crumbs of what is between them.
+        # Collectives and clocks are not for a compiler, which would make crumbs of what is between them. See Compiling.
         self._outer: Callable[..., Any] = torch.compiler.disable(forward)  # type: ignore[no-untyped-call]
         self._is_detached = False
         self.model.forward = self._outer
@@ -120,7 +130,7 @@ class ParallelDenoiser:
 
     def _check_unwrapped(self) -> None:
         found = [self.model] if self.model.__dict__.get("forward") != self._outer else []
-        found += [layer.module for layer in self._layers.values() if not layer.is_attached]
+        found += self._layers.lost()
         if found and not self._is_detached:
             raise ConfigError(
                 f"{type(found[0]).__name__} was wrapped by another library (offload, casting or cache hooks) after "
@@ -132,9 +142,7 @@ class ParallelDenoiser:
             return
         self._is_detached = True
         self._pictures.forget()
-        for layer in self._layers.values():
-            layer.detach()
-        self._layers.clear()
+        self._layers.detach()
         if self._previous is None:
             del self.model.forward
         else:
@@ -161,6 +169,7 @@ class ParallelDenoiser:
                 result = work()
             except BaseException:
                 self._pictures.abandon()
+                self._leaving = None
                 raise
             finally:
                 self._holder.frame = None
@@ -169,6 +178,7 @@ class ParallelDenoiser:
         if self._table.gathers and self._cost.num_calls:
             cost = self.take_cost()
             self.report.step(self._kind, cost.seconds, cost.messages, cost.num_bytes)
+            self.report.slot_bytes = sum(parallel._pictures.slot_bytes for parallel in (self, *self._feeders))
         return result
 
     def _step(self, call: Call) -> Any:
@@ -177,51 +187,87 @@ class ParallelDenoiser:
         state, is_new_picture = self._pictures.state(call, conditioning, fingerprint)
         if is_new_picture:
             self.report = self._new_report()
+            if self._table.gathers:
+                self._balance.start()
         if not state.is_checked:
             check_call(self._comm, call, self._config, conditioning)
             self._attach_layers()
             state.is_checked = True
-        return self._pairs.call(call, state) if self._table.gathers else self._run(call, state).result
+        state.num_calls += 1
+        if not self._table.gathers:
+            return self._run(call, state).result
+        place, num_branches = self._pictures.place(state)
+        result = self._pairs.call(call, state)
+        # Rows change between two steps, never in one: feeders run before this model, and the halves of `Pairs` meet.
+        is_last, size = place == num_branches - 1, self._table.size(call)
+        news = self._balance.end_call(state.num_calls, is_last, size, lambda weights: self._levels(call, weights))
+        if news:
+            self.report.notes.append(news)
+        return result
 
     def _run(self, call: Call, state: State) -> Ran:
         """Run the model on this rank's patch and part of the batch."""
         num_patches = self._mesh.size("patch")
-        levels = self._table.levels(*self._table.size(call), num_patches, self._dim)
+        levels = self._levels(call)
+        if state.levels is not None and state.levels != levels:
+            state.forget(self._strategy.start())
+        state.levels = levels
         exchange = self._strategy.policy(state)
         patch, window = self._mesh.coordinate(self._comm.rank, "patch"), self._config.context_window
         num_frames, num_guests = self._table.num_frames(call), self._table.num_guests(call)
-        frame = Frame(patch, self._dim, levels, exchange, num_frames, num_guests, context_window=window)
+        frame = Frame(
+            patch, self._dim, levels, exchange, num_frames, num_guests, context_window=window, memory=state.memory
+        )
         fed = [feeder.take_cost() for feeder in self._feeders]
         own_call = self._own_batch(call)
         if num_patches > 1:
             own_call = self._table.localise(own_call, frame, fed=any(cost.num_calls for cost in fed))
         if self._is_spread:
             self._holder.frame = frame
-        exchange.begin()
         stages = exchange if isinstance(exchange, Staged) and self._is_spread else None
-        run = self._inner if stages is None else functools.partial(stages.run, self._inner)
-        result = run(**own_call.arguments)
-        if num_patches > 1:
-            result = self._table.finish(result, frame)
-        own = self._table.fold(result[0], own_call, frame) if self._table.gathers else call.sample
+        forward = self._compiling.forward() if stages is None else functools.partial(stages.run, self._inner)
+        with self._balance.measuring():
+            exchange.begin()
+            result = forward(**own_call.arguments)
+            if num_patches > 1:
+                result = self._table.finish(result, frame)
+            own = self._table.fold(result[0], own_call, frame) if self._table.gathers else call.sample
         if not exchange.finish():
             self._pictures.forget()  # the model left out seams: the next step cannot build on this one
         state.step += 1
+        if self._table.gathers:
+            self._leaving = state
+        else:
+            state.depart()
         for cost in fed:
             self._cost.add(cost)
         self._cost.num_calls += 1
         self._kind = exchange.kind if self._is_spread else "sync"
         if stages is None:
             self.report.patches = levels.splits[0].sizes
+            self.report.balance = self._balance.origin(self._table.size(call))
         else:  # one rank has the whole prediction
-            self.report.stages = stages.names
+            self.report.stages, self.report.balance = stages.names, str(self._config.balance or "even")
             levels = replace(levels, splits=(stages.output_split(levels.splits[0].size), *levels.splits[1:]))
         return Ran(result, own, levels)
+
+    def _skip(self, before: Ran, call: Call) -> Ran:
+        """See `Pairs`."""
+        return before if self._mesh.size("pipe") > 1 else replace(before, levels=self._levels(call))
+
+    def _levels(self, call: Call, weights: tuple[float, ...] | None = None) -> Levels:
+        """The rows of all ranks at every level, by ``weights``; None: by the present ones."""
+        size = self._table.size(call)
+        return self._table.levels(*size, weights or self._balance.weights(size), self._dim)
 
     def _deliver(self, ran: Ran, call: Call, halves: Halves) -> Any:
         """Everyone's predictions, as the model returns them. See `Pairs`."""
         batch = call.sample.shape[0]
-        whole, probes = self._guidance.gather(ran.own, probe(call.sample), batch, ran.levels, self._dim, halves)
+        gathering = self._guidance.gather(ran.own, probe(call.sample), batch, ran.levels, self._dim, halves)
+        if self._leaving is not None:  # on a slow link the prediction would wait for what leaves before it
+            self._leaving.depart()
+            self._leaving = None
+        whole, probes = gathering.wait()
         check_latents(probes)
         return self._table.unfold(whole, ran.result[0])
 
@@ -240,30 +286,17 @@ class ParallelDenoiser:
         """Take over modules that are not yet ours, such as a LoRA's, and let go of those that have left the model."""
         if self._mesh.size("cfg") > 1 and not self._table.splits_guidance():
             raise ConfigError("cfg=2 does not work with PAG, whose branches must share a batch; use cfg=1")
-        if not self._is_spread:
-            return
-        table, num_stages = self._table, self._mesh.size("pipe")
-        is_cut = num_stages > 1
-        layers = stage_layers(self.model, num_stages, self._holder) if is_cut else table.layers(self._holder)
-        wanted = {layer.place: layer for layer in layers}
-        for known in [known for known in self._layers if known not in wanted]:
-            self._layers.pop(known).detach()
-        for known, layer in wanted.items():
-            if known not in self._layers:
-                try:
-                    layer.attach()
-                except DistrifusionError:
-                    for attached in self._layers.values():
-                        attached.detach()
-                    self._layers.clear()
-                    raise
-                self._layers[known] = layer
+        num_stages = self._mesh.size("pipe")
+        if num_stages > 1:
+            self._layers.follow(stage_layers(self.model, num_stages, self._holder))
+        elif self._is_spread:
+            self._layers.follow(self._table.layers(self._holder))
 
     def _new_report(self) -> Report:
-        notes = [*self._config.extras, *self._notes]
-        chosen = self._config.codec, self._config.context_window
-        if chosen != (None, None) and not self._is_spread:
-            notes.append("no patches, so no codec and no window")
+        notes = [extra if self._is_spread else f"{extra} does nothing without patches" for extra in self._config.extras]
+        notes += self._notes + ([self._compiling.note] if self._compiling.note else [])
+        if self._mesh.size("pipe") > 1 and any(each._compiled_call_impl is not None for each in self.model.modules()):
+            notes.append("torch.compile does nothing while pipelined")
         return Report(self._config.strategy, str(self._mesh), self._config.split, notes=notes)
 
 

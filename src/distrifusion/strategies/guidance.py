@@ -7,7 +7,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from ..comm import Comm
+from ..comm import Comm, Pending
+from ..comm.residual import Arriving
 from ..geometry import Levels, Span, Split
 from ..mesh import Mesh
 
@@ -34,7 +35,7 @@ class Guidance:
 
     def gather(
         self, own: Tensor, extra: Tensor, batch: int, levels: Levels, dim: int, halves: Halves = None
-    ) -> tuple[Tensor, list[Tensor]]:
+    ) -> Pending[tuple[Tensor, list[Tensor]]]:
         """The whole prediction ``[batch, C, H, W]`` from the own, and everyone's ``extra`` ``[n]``. One message.
 
         ``halves`` are the branches whose ranks have a prediction of the batch, if these are not what `share` says: the
@@ -52,15 +53,18 @@ class Guidance:
         ]
         sizes = [shape.numel() + extra.numel() for shape in shapes]
         flat = torch.cat([own.reshape(-1)[: shapes[comm.rank].numel()], extra.to(own.dtype)])
-        parts = comm.all_gather(flat, sizes, kind="output").wait()
-        patches = [part[: shape.numel()].view(shape) for part, shape in zip(parts, shapes, strict=True)]
-        wholes = [
-            torch.cat(patches[first : first + split.num_patches], dim)
-            for first in range(0, comm.world, split.num_patches)
-            if shares[branches[first]] is not None
-        ]
-        whole = wholes[0] if len(wholes) == 1 else torch.cat(wholes)
-        return whole, [part[shape.numel() :] for part, shape in zip(parts, shapes, strict=True)]
+
+        def joined(parts: list[Tensor]) -> tuple[Tensor, list[Tensor]]:
+            patches = [part[: shape.numel()].view(shape) for part, shape in zip(parts, shapes, strict=True)]
+            wholes = [
+                torch.cat(patches[first : first + split.num_patches], dim)
+                for first in range(0, comm.world, split.num_patches)
+                if shares[branches[first]] is not None
+            ]
+            whole = wholes[0] if len(wholes) == 1 else torch.cat(wholes)
+            return whole, [part[shape.numel() :] for part, shape in zip(parts, shapes, strict=True)]
+
+        return Arriving(comm.all_gather(flat, sizes, kind="output"), joined)
 
     def _shares(self, batch: int) -> Sequence[Span]:
         num_branches = self._mesh.size("cfg")

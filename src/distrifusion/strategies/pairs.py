@@ -42,6 +42,7 @@ class Pairs:
         branch: of guidance, that this half of the ranks computes: 0 the first call, 1 the second; None: there are no
             halves, and every call is answered at once.
         run: computes a call on the ranks of this half.
+        skip: (what ran before on this rank, call) -> the same for a call that is left to the other half.
         deliver: (what ran on this rank, call, see `Guidance.gather`) -> predictions as the model returns them.
         start: a new state.
         place: which branch of its picture a state is, and how many there are.
@@ -52,13 +53,15 @@ class Pairs:
         self,
         branch: int | None,
         run: Callable[[Call, State], Ran],
+        skip: Callable[[Ran, Call], Ran],
         deliver: Callable[[Ran, Call, Halves], Any],
         start: Callable[[], State],
         place: Callable[[State], tuple[int, int]],
         alone: Callable[[Callable[[], Tensor]], Tensor],
     ) -> None:
         self._branch = branch
-        self._run, self._deliver, self._start, self._place, self._alone = run, deliver, start, place, alone
+        self._run, self._skip, self._deliver = run, skip, deliver
+        self._start, self._place, self._alone = start, place, alone
         self._first: tuple[_First, Later] | None = None
 
     def call(self, call: Call, state: State) -> Any:
@@ -70,7 +73,7 @@ class Pairs:
             return self._now(call, state)
         state.is_halved = True
         before: Ran = state.last
-        ran = self._run(call, state) if place == self._branch else before
+        ran = self._run(call, state) if place == self._branch else self._skip(before, call)
         if place == 0:
             first = _First(call, ran)
             later = Later(before.result[0], lambda: self._alone(lambda: self._settle(first)))

@@ -54,7 +54,8 @@ class Displaced:
     def policy(self, state: State) -> Exchange:
         """See Strategy."""
         assert state.slots is not None
-        if state.step <= self._config.warmup_steps:
+        # Slots are empty after a change of rows, too.
+        if state.step <= self._config.warmup_steps or state.slots.is_empty:
             keeps_moments = uses_old_moments(self._config.group_norm)
             return Fresh(self._comm, state.slots, keeps_moments=keeps_moments)
         return Stale(self._comm, state.slots, self._config.group_norm)

@@ -74,6 +74,12 @@ class Pictures:
         states = [branch.state for branch in self._branches]
         return next(i for i, other in enumerate(states) if other is state), len(states)
 
+    @property
+    def slot_bytes(self) -> int:
+        """Memory for messages, of all branches."""
+        slots = [branch.state.slots for branch in self._branches]
+        return sum(each.memory for each in slots if each is not None)
+
     def reset(self) -> None:
         """End the picture."""
         self.forget()

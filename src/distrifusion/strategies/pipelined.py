@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from ..boundary import Late, Stages, Whole
 from ..comm import Comm
-from ..config import ParallelConfig
+from ..config import MEASURED, ParallelConfig
 from ..exchange import Exchange
 from .base import State
 
@@ -26,7 +26,7 @@ class Pipelined:
 
     def start(self) -> State:
         """See Strategy."""
-        stages = Stages(self._comm, is_measured=self._config.stage_cost == "measured")
+        stages = Stages(self._comm, is_measured=self._config.balance == MEASURED)
         return State(slots=stages.slots, stages=stages)
 
     def policy(self, state: State) -> Exchange:

@@ -26,6 +26,8 @@ def _of_square_latent(model: Any, call: Call) -> Grid:
     return grid
 
 
+_KEYS_AND_VALUES = ("transformer_blocks.*.attn2.to_k", "transformer_blocks.*.attn2.to_v")
+
 CROSS = (
     Plan(
         diffusers.PixArtTransformer2DModel,
@@ -33,6 +35,7 @@ CROSS = (
         entries={"pos_embed": Tokens()},
         seams={"transformer_blocks.*.attn1": "last"},
         texts=("transformer_blocks.*.attn2",),
+        prompts=("caption_projection", *_KEYS_AND_VALUES),
         grid=of_latent,
         unknown=("attention_mask",),
     ),
@@ -52,6 +55,7 @@ CROSS = (
         seams={"blocks.*.attn1": "last"},
         cuts={"image_rotary_emb": Tokens(0), "controlnet_block_samples": Tokens()},
         texts=("blocks.*.attn2",),
+        prompts=("text_embedder",),
         grid=of_latent,
         conditions=("encoder_hidden_states", "encoder_hidden_states_t5"),
     ),
@@ -71,6 +75,7 @@ CROSS = (
         sides=("transformer_blocks.*",),
         cuts={"controlnet_block_samples": Tokens()},
         texts=("transformer_blocks.*.attn2",),
+        prompts=("caption_projection", "caption_norm", *_KEYS_AND_VALUES),
         grid=of_latent,
     ),
 )

@@ -1,0 +1,5 @@
+"""What a configuration will cost, from integers alone. No torch: a plan can be made where no model is loaded."""
+
+from .traffic import Anatomy, Context, Conv, Norm, Seam, Sums, Traffic, Upsampling, traffic
+
+__all__ = ["Anatomy", "Context", "Conv", "Norm", "Seam", "Sums", "Traffic", "Upsampling", "traffic"]

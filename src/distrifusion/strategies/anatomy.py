@@ -1,0 +1,113 @@
+"""What a model exchanges, learned from one call of it on one device."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..comm import Pending
+from ..comm.base import Done
+from ..geometry import Halo
+from ..layers import (
+    Frame,
+    FrameHolder,
+    Layer,
+    PatchAttention,
+    PatchConv,
+    PatchLinearAttention,
+    PatchUpsample,
+)
+from ..layers.tokens import TOKENS
+from ..models import table_for
+from ..moments import combine
+from ..planner import Anatomy, Context, Conv, Norm, Seam, Sums, Upsampling
+
+
+def anatomy_of(model: nn.Module, *args: Any, **kwargs: Any) -> Anatomy:
+    """The seams of a denoiser that is not parallel, from a call with these arguments.
+
+    Seams have no size of the picture, so one call of a small one tells for all. U-Nets may be on the ``meta`` device,
+    where nothing is computed.
+
+    Raises:
+        UnsupportedModel: as `parallelize`.
+    """
+    table, holder = table_for(model), FrameHolder()
+    call = table.bind(args, kwargs)
+    layers = list(table.layers(holder))
+    noting = _Noting(layers, call.sample.shape[0])
+    frame = Frame(
+        0, 2, table.levels(*table.size(call), (1.0,), 2), noting, table.num_frames(call), table.num_guests(call)
+    )
+    noting.num_frames = frame.num_frames
+    with ExitStack() as attached, torch.no_grad():
+        for layer in layers:
+            layer.attach()
+            attached.callback(layer.detach)
+            hook = noting.rows_of(layer)
+            if hook is not None:
+                attached.callback(layer.module.register_forward_pre_hook(hook).remove)
+        own = table.localise(call, frame, fed=False)
+        holder.frame = frame
+        result = table.finish(type(model).forward(model, **own.arguments), frame)
+        prediction = table.fold(result[0], own, frame)
+    return Anatomy(tuple(noting.seams), prediction.shape[1], prediction.element_size())
+
+
+class _Noting:
+    """See Exchange: one patch, which has the whole picture. Notes what it is asked."""
+
+    kind = "sync"
+    sees_peers = True
+    is_slow = False
+
+    def __init__(self, layers: Sequence[Layer], batch: int) -> None:
+        self.seams: list[Seam] = []
+        self.num_frames = 1
+        self._layers = {layer.key: layer for layer in layers}
+        self._batch = batch
+
+    def rows_of(self, layer: Layer) -> Callable[[nn.Module, tuple[Any, ...]], None] | None:
+        """A hook for layers that read rows of their neighbours, which with one patch they have nobody to ask for."""
+        if isinstance(layer, PatchConv) and not layer.reads_whole:
+            level, level_out, windows = layer.level, layer.level_out, layer.windows
+            return lambda _, args: self.seams.append(Conv(args[0].shape[1], level, level_out, windows))
+        if isinstance(layer, PatchUpsample) and layer.module.interpolate:
+            level, level_out = layer.level, layer.level_out
+            return lambda _, args: self.seams.append(Upsampling(args[0].shape[1], level, level_out))
+        return None
+
+    def begin(self) -> None:
+        """See Exchange."""
+
+    def neighbours(
+        self, key: str, patch: Tensor, plan: Halo, dim: int, kind: str = "halo"
+    ) -> Pending[Mapping[int, Tensor]]:
+        """See Exchange."""
+        return Done({})
+
+    def gather(
+        self, key: str, own: Sequence[Tensor], sizes: Sequence[int], dim: int, kind: str = "context"
+    ) -> Pending[list[Sequence[Tensor]]]:
+        """See Exchange."""
+        layer, shape = self._layers[key], tuple(own[0].shape)
+        width = sum(part.shape[-1] for part in own)
+        if isinstance(layer, PatchLinearAttention):
+            self.seams.append(Sums((*shape[1:-1], width)))
+        else:
+            level = layer.level if isinstance(layer, PatchAttention) else TOKENS
+            self.seams.append(Context(level, width, shape[1:dim], shape[dim + 1 : -1], self.num_frames))
+        return Done([own])
+
+    def moments(self, key: str, own: Tensor) -> Tensor:
+        """See Exchange."""
+        self.seams.append(Norm((own.numel() - 1) // 2 // self._batch))
+        return combine([own])
+
+    def finish(self) -> bool:
+        """See Exchange."""
+        return True

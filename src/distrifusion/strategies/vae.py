@@ -1,0 +1,214 @@
+"""A VAE on one rank: its encoder and decoder read the whole picture, run on own rows, and gather what they made."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from time import perf_counter
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from ..comm import Comm
+from ..config import ParallelConfig
+from ..errors import ConfigError, UnsupportedModel
+from ..exchange import Absent, Fresh
+from ..geometry import Levels
+from ..layers import Attached, Frame, FrameHolder, Layer
+from ..mesh import Mesh
+from ..metrics import Report, Tally
+from ..models.table import bind
+from .agreement import agree_on_input
+
+if TYPE_CHECKING:
+    from ..models.vae import Half
+
+
+class ParallelVAE:
+    """Takes over the ``forward`` of encoder and decoder until ``detach``.
+
+    What the VAE does around them stays its own: ``encode`` and ``decode``, slices of a batch, tiles, the frames of a
+    video one after the other, the quantising 1 x 1 convolutions on latents. All ranks share the rows of each call,
+    whatever the mesh: nothing here depends on a branch of guidance. Always exact: every value is of this call.
+
+    With tiling on, every rank computes all tiles as the user asked for them, and nothing travels.
+
+    Args:
+        halves: encoder and decoder, of one VAE.
+        config: the split dim; the rest is about denoising.
+        comm: all ranks.
+        timesteps: see `ParallelDenoiser`; another object is another picture.
+
+    Raises:
+        ConfigError: the world does not fit the configuration.
+        UnsupportedModel: a module that is not known, or that another library has taken over.
+    """
+
+    def __init__(
+        self, halves: tuple[Half, ...], config: ParallelConfig, comm: Comm, timesteps: Callable[[], Any] = lambda: None
+    ) -> None:
+        self._config, self._comm = config, comm
+        self._mesh = Mesh.fit(config, comm.world)
+        self._timesteps = timesteps
+        self._mark: Any = None
+        self.tally: dict[str, Tally] = {}  # of the present picture, by kind of call
+        self.model: Any = halves[0].vae
+        self._halves = [_ParallelHalf(half, config, comm, self._record) for half in halves]
+        self._attached = Attached()
+        self._attach()
+
+    @property
+    def models(self) -> list[nn.Module]:
+        """The VAE."""
+        return [self.model]
+
+    @property
+    def place(self) -> tuple[int, int]:
+        """Rank and world."""
+        return self._comm.rank, self._comm.world
+
+    @property
+    def report(self) -> Report:
+        """What ran, where there is no denoiser to report it with."""
+        return Report(self._config.strategy, str(self._mesh), self._config.split, vae=dict(self.tally))
+
+    def reset(self) -> None:
+        """Count anew."""
+        self.tally = {}
+
+    def detach(self) -> None:
+        """Give encoder and decoder their own forward back.
+
+        Raises:
+            ConfigError: another library has wrapped one of them since; nothing is undone then.
+        """
+        lost = [module for half in self._halves for module in half.lost()]
+        if lost:
+            raise ConfigError(
+                f"{type(lost[0]).__name__} was wrapped by another library (offload, casting or cache hooks) after "
+                "df.parallelize; take that off before df.restore"
+            )
+        self._detach()
+
+    def _attach(self) -> None:
+        self._attached.follow(self._halves)
+        self.model.__deepcopy__ = self._copied
+
+    def _detach(self) -> None:
+        self._attached.detach()
+        self.model.__dict__.pop("__deepcopy__", None)
+
+    def _copied(self, memo: dict[int, Any]) -> Any:
+        """A copy is a plain VAE: it may work where no other rank does."""
+        marks = [name for name, value in vars(self.model).items() if value is self]
+        self.detach()
+        for name in marks:
+            delattr(self.model, name)
+        try:
+            return copy.deepcopy(self.model, memo)
+        finally:
+            self._attach()
+            for name in marks:
+                setattr(self.model, name, self)
+
+    def _record(self, kind: str, seconds: float, messages: int, num_bytes: int) -> None:
+        """A picture is encoded before it is decoded: what follows a decode, and is no decode of it, is another's."""
+        mark = self._timesteps()
+        if "decode" in self.tally and (kind == "encode" or mark is not self._mark):
+            self.tally = {}
+        self._mark = mark
+        self.tally[kind] = self.tally.get(kind, Tally()).and_one(seconds, messages, num_bytes)
+
+
+class _ParallelHalf(Layer):
+    """Encoder or decoder: whole picture in, whole picture out, the work in between by rows."""
+
+    def __init__(
+        self,
+        half: Half,
+        config: ParallelConfig,
+        comm: Comm,
+        record: Callable[[str, float, int, int], None],
+    ) -> None:
+        super().__init__(half.module, f"{half.kind}r", FrameHolder())
+        self._half, self._comm, self._record = half, comm, record
+        self._dim = 2 if config.split == "rows" else 3
+        self._layers = Attached()
+        self._forward = torch.compiler.disable(self._run)  # type: ignore[no-untyped-call]
+
+    @property
+    def forward(self) -> Callable[..., Any]:
+        """See Layer."""
+        forward: Callable[..., Any] = self._forward
+        return forward
+
+    def attach(self) -> None:
+        """See Layer; with the layers below."""
+        self._layers.follow(self._half.layers(self._holder))
+        try:
+            super().attach()
+        except UnsupportedModel:
+            self._layers.detach()
+            raise
+
+    def detach(self) -> None:
+        """See Layer; with the layers below."""
+        self._layers.detach()
+        super().detach()
+
+    def lost(self) -> list[nn.Module]:
+        """Modules that another library has taken over since."""
+        return ([] if self.is_attached else [self.module]) + self._layers.lost()
+
+    def _run(self, *args: Any, **kwargs: Any) -> Tensor:
+        arguments = bind(type(self.module).forward, self.module, args, kwargs)
+        sample = next(iter(arguments.values()))  # [B, C, (frames,) H, W]
+        started, counted = perf_counter(), self._comm.meter.totals()
+        with torch.no_grad():
+            try:
+                whole = self._whole(sample, arguments)
+            finally:
+                self._holder.frame = None
+        messages, num_bytes = self._comm.meter.totals()
+        self._record(self._half.kind, perf_counter() - started, messages - counted[0], num_bytes - counted[1])
+        if torch.is_grad_enabled():
+            whole = _NoGradient.apply(whole, sample, next(self.module.parameters()))  # type: ignore[no-untyped-call]
+        return whole
+
+    def _whole(self, sample: Tensor, arguments: dict[str, Any]) -> Tensor:
+        half, comm = self._half, self._comm
+        agree_on_input(comm, half.kind, sample, {"tiling": half.is_tiled})
+        self._layers.follow(half.layers(self._holder))  # adapters and processors come and go
+        if half.is_tiled:  # one patch, whatever the world
+            frame = Frame(0, self._dim, half.levels(sample, 1, self._dim), Absent(0))
+        else:
+            frame = Frame(comm.rank, self._dim, half.levels(sample, comm.world, self._dim), Fresh(comm))
+        self._holder.frame = frame
+        frame.exchange.begin()
+        own: Tensor = type(self.module).forward(self.module, **arguments)
+        frame.exchange.finish()
+        return own if half.is_tiled else self._gathered(own, frame.levels)
+
+    def _gathered(self, own: Tensor, levels: Levels) -> Tensor:
+        """All rows ``[B, C, (frames,) H, W]`` on every rank, in the dtype of the own ones."""
+        dim = own.ndim - 4 + self._dim
+        split = levels.splits[self._half.level_out(levels)]
+        shapes = [(*own.shape[:dim], rows, *own.shape[dim + 1 :]) for rows in split.sizes]
+        sizes = [torch.Size(shape).numel() for shape in shapes]
+        parts = self._comm.all_gather(own.reshape(-1), sizes, kind="output").wait()
+        return torch.cat([part.view(shape) for part, shape in zip(parts, shapes, strict=True)], dim)
+
+
+class _NoGradient(torch.autograd.Function):
+    """The identity; asking for a gradient through it is refused, where else it would be missing without a word."""
+
+    @staticmethod
+    def forward(ctx: Any, whole: Tensor, *inputs: Tensor) -> Tensor:
+        """``whole``, which requires a gradient where one of ``inputs`` does, as on one device."""
+        return whole.view_as(whole)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Any) -> Any:
+        """See the class."""
+        raise UnsupportedModel("a VAE gives no gradients while it is parallel; call df.restore on it first")
