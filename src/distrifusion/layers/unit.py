@@ -22,7 +22,8 @@ class StageUnit(Layer):
     @property
     def forward(self) -> Callable[..., Any]:
         """See Layer."""
-        return self._forward
+        forward: Callable[..., Any] = self._forward
+        return forward
 
     @torch.compiler.disable  # type: ignore[untyped-decorator]
     def _forward(self, *args: Any, **kwargs: Any) -> Any:
