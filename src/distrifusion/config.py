@@ -148,14 +148,12 @@ class ParallelConfig:
     def __str__(self) -> str:
         facts = [
             f"strategy={self.strategy} cfg={self.cfg} patch={self.patch or 'all'} split={self.split} "
-            f"warmup_steps={self.warmup_steps} text_encoders={self.text_encoders} group_norm={self.group_norm}"
+            f"warmup_steps={self.warmup_steps} group_norm={self.group_norm}"
         ]
         if self.strategy == "pipelined":
-            facts = [
-                f"strategy=pipelined cfg={self.cfg} pipe={self.pipe or 'all'} warmup_steps={self.warmup_steps} "
-                f"text_encoders={self.text_encoders}"
-            ]
-        return " ".join(facts + self.extras)
+            facts = [f"strategy=pipelined cfg={self.cfg} pipe={self.pipe or 'all'} warmup_steps={self.warmup_steps}"]
+        shared = [f"text_encoders={self.text_encoders}"] if self.text_encoders != "once" else []
+        return " ".join(facts + self.extras + shared)
 
 
 def codec_choices(names: Sequence[str]) -> list[str | None]:
