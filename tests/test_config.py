@@ -24,6 +24,7 @@ def test_the_defaults_are_the_papers() -> None:
         "shift_seed": 0,
         "overlap": 0,
         "latents": "rows",
+        "pipe": None,
     }
 
 
@@ -42,8 +43,15 @@ def test_every_choice_is_accepted(strategy: str, split: str, group_norm: str) ->
         ({"strategy": "fast"}, r"strategy='fast' must be one of 'sync', 'displaced', 'naive'"),
         ({"strategy": None}, r"strategy=None must be one of"),
         (
-            {"strategy": "pipelined"},
-            r"strategy='pipelined' is not built yet; choose one of 'sync', 'displaced', 'naive'",
+            {"strategy": "pipelined", "patch": 2},
+            r"patch=2 does not go with strategy='pipelined', whose ranks are stages",
+        ),
+        ({"strategy": "sync", "pipe": 2}, r"pipe=2 goes with strategy='pipelined' only, not with 'sync'"),
+        ({"strategy": "pipelined", "pipe": 0}, r"pipe=0 must be a whole number of at least 1"),
+        ({"strategy": "pipelined", "codec": "int8"}, r"codec='int8' does nothing under strategy='pipelined', which h"),
+        (
+            {"strategy": "pipelined", "balance": (2, 1)},
+            r"balance='2,1' are weights of patches, which",
         ),
         ({"topology": "ring"}, r"topology='ring' must be one of 'plane', 'ring-x', 'torus'"),
         ({"strategy": "shifted", "shift": "sometimes"}, r"shift='sometimes' must be one of 'golden', 'random', or a"),
@@ -184,3 +192,9 @@ def test_a_balance_has_one_form_however_it_is_given(
     assert ParallelConfig(balance=config.balance) == config
     assert hash(config) == hash(ParallelConfig(balance=text))
     assert str(config).endswith(f" balance={text}" if text else "group_norm=corrected")
+
+
+def test_stages_say_what_matters_to_them() -> None:
+    config = ParallelConfig(strategy="pipelined", cfg=2, pipe=3, warmup_steps=0)
+    assert str(config) == "strategy=pipelined cfg=2 pipe=3 warmup_steps=0"
+    assert str(ParallelConfig(strategy="pipelined", balance="measured")).endswith(" balance=measured")

@@ -104,3 +104,9 @@ def test_a_copy_is_left_alone_by_later_steps() -> None:
 )
 def test_bytes_for_people(count: float, text: str) -> None:
     assert human_bytes(count) == text
+
+
+def test_stages_stand_where_patches_would() -> None:
+    report = Report("pipelined", "cfg 1 x pipe 2 x patch 1", stages=(("a", "b"), ("c",)))
+    assert "modules per rank 2+1" in report.line()
+    assert json.loads(json.dumps(report.as_dict()))["stages"] == [["a", "b"], ["c"]]

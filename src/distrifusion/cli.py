@@ -55,7 +55,9 @@ def generate(
         int | None,
         typer.Option(help="Worker processes. Without it: all GPUs, or on the CPU as many as --cfg and --patch need."),
     ] = None,
-    strategy: Annotated[str, typer.Option(help="sync (exact), displaced, naive or shifted.")] = _DEFAULT.strategy,
+    strategy: Annotated[
+        str, typer.Option(help="sync (exact), displaced, naive, shifted or pipelined.")
+    ] = _DEFAULT.strategy,
     cfg: Annotated[int, typer.Option(help="2: the branches of guidance on separate ranks.")] = _DEFAULT.cfg,
     patch: Annotated[
         int | None, typer.Option(help="Ranks along the picture; without it, all that --cfg leaves.")

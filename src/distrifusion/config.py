@@ -18,20 +18,24 @@ TextEncoders = Literal["once", "freed", "every"]
 Topology = Literal["plane", "ring-x", "torus"]
 Latents = Literal["rows", "whole"]
 
-BUILT: tuple[StrategyName, ...] = ("sync", "displaced", "naive", "shifted")
+BUILT: tuple[StrategyName, ...] = ("sync", "displaced", "naive", "shifted", "pipelined")
 """Strategies that this release runs; the other names are reserved and refused with a line that says so."""
 
 SHIFTS = ("golden", "random")
 """Ways to move the borders of ``shifted``, beside a number of rows."""
-
-ALONE: tuple[StrategyName, ...] = ("naive", "shifted")
-"""Strategies that exchange nothing inside the denoiser."""
 
 CODECS = ("fp16", "bf16", "int8", "int4", "int2", "1bit")
 """Codecs for what travels between ranks, see docs/codecs.md."""
 
 MEASURED = "measured"
 """The balance that follows the speed of the ranks."""
+
+UNCODED: dict[StrategyName, str] = {
+    "naive": "exchanges nothing inside the denoiser",
+    "shifted": "exchanges nothing inside the denoiser",
+    "pipelined": "has no patches",
+}
+"""Strategies for which ``codec`` and ``context_window`` do nothing, and why."""
 
 CODED_SEAMS = ("context", "halo")
 """Seams whose values may be coded. Moments never are: few bytes, and statistics of float32."""
@@ -43,13 +47,16 @@ class ParallelConfig:
 
     Args:
         strategy: ``"sync"`` is exact, ``"displaced"`` reuses the previous step's features of the peers
-            (DistriFusion, arXiv 2402.19481), ``"naive"`` exchanges nothing inside the denoiser (the baseline), and
-            ``"shifted"`` neither, but moves the borders at every step (SpotDiffusion, arXiv 2407.15507).
+            (DistriFusion, arXiv 2402.19481), ``"naive"`` exchanges nothing inside the denoiser (the baseline),
+            ``"shifted"`` neither, but moves the borders at every step (SpotDiffusion, arXiv 2407.15507), and
+            ``"pipelined"`` cuts the model over its depth: each rank computes one stage of it, from what the other
+            stages made in the step before (AsyncDiff, arXiv 2406.06911).
         cfg: 2 runs the conditional and the unconditional branch of classifier-free guidance on separate ranks.
         patch: ranks along the picture; None takes all that ``cfg`` leaves.
+        pipe: stages of ``pipelined``; None takes all ranks that ``cfg`` leaves.
         split: ``"rows"`` or ``"cols"`` of the latent, or ``"frames"`` of a video's.
-        warmup_steps: synchronous steps after the first one under ``displaced`` (0: only the first is synchronous);
-            synchronous steps at all under ``shifted``, whose first step needs no other.
+        warmup_steps: synchronous steps after the first one under ``displaced`` and ``pipelined`` (0: only the first is
+            synchronous); synchronous steps at all under ``shifted``, whose first step needs no other.
         group_norm: statistics under ``displaced``: ``"corrected"`` (the paper's: all old, moved by the own change),
             ``"carried"`` (the peers' patches taken to have changed much as the own one; nearer to one device),
             ``"stale"`` (peers' old, own fresh), ``"separate"`` (own only) or ``"sync"`` (exact, waits).
@@ -66,7 +73,9 @@ class ParallelConfig:
         balance: rows for unequal devices; as exact as equal ones. None: equal patches. One positive number for each
             rank along the picture, such as ``(2, 1, 1)`` or ``"2,1,1"`` (which is how it is kept): rows in proportion.
             ``"measured"``: after ``warmup_steps`` steps of each picture, rows in proportion to the speed measured in
-            them (STADI, arXiv 2509.04719). See docs/unequal-devices.md.
+            them (STADI, arXiv 2509.04719). See docs/unequal-devices.md. Under ``pipelined``: None gives all stages the
+            same amount of arithmetic; ``"measured"`` the same seconds, as each picture's first step takes them, by
+            which one and the same seed may give slightly different pictures.
         topology: ``"plane"``; ``"ring-x"``: the left edge of the picture meets the right one, as in a panorama of 360
             degrees; ``"torus"``: top and bottom meet too, as in a tile. On one device too. Models without positions.
         shift: how far ``shifted`` moves the borders: ``"golden"`` (by the golden ratio of a patch at every step),
@@ -97,6 +106,7 @@ class ParallelConfig:
     shift_seed: int = 0
     overlap: int = 0
     latents: Latents = "rows"
+    pipe: int | None = None
 
     def __post_init__(self) -> None:
         _one_of("strategy", self.strategy, get_args(StrategyName))
@@ -108,8 +118,13 @@ class ParallelConfig:
         _whole("cfg", self.cfg, 1)
         if self.cfg > 2:
             raise ConfigError(f"cfg={self.cfg} must be 1 or 2: guidance has two branches")
-        if self.patch is not None:
-            _whole("patch", self.patch, 1)
+        for name in ("patch", "pipe"):
+            if getattr(self, name) is not None:
+                _whole(name, getattr(self, name), 1)
+        if self.strategy == "pipelined" and self.patch not in (None, 1):
+            raise ConfigError(f"patch={self.patch} does not go with strategy='pipelined', whose ranks are stages")
+        if self.strategy != "pipelined" and self.pipe not in (None, 1):
+            raise ConfigError(f"pipe={self.pipe} goes with strategy='pipelined' only, not with {self.strategy!r}")
         _whole("warmup_steps", self.warmup_steps, 0)
         # As text it is hashable, and the same however it was given.
         object.__setattr__(self, "codec", _codec_text(self.codec))
@@ -120,14 +135,24 @@ class ParallelConfig:
                 f"balance={MEASURED!r} with warmup_steps={self.warmup_steps} leaves no step to measure: "
                 "warmup_steps must be at least 1"
             )
+        if self.strategy == "pipelined" and self.weights is not None:
+            raise ConfigError(
+                f"balance={self.balance!r} are weights of patches, which strategy='pipelined' has not: "
+                f"leave it out, or choose {MEASURED!r}"
+            )
         for name in ("codec", "context_window"):
-            if self.strategy in ALONE and getattr(self, name) is not None:
+            why = UNCODED.get(self.strategy)
+            if why is not None and getattr(self, name) is not None:
                 raise ConfigError(
-                    f"{name}={getattr(self, name)!r} does nothing under strategy={self.strategy!r}, which exchanges "
-                    "nothing inside the denoiser; leave it out"
+                    f"{name}={getattr(self, name)!r} does nothing under strategy={self.strategy!r}, which {why}; "
+                    "leave it out"
                 )
         _one_of("topology", self.topology, get_args(Topology))
         _one_of("latents", self.latents, get_args(Latents))
+        if self.topology != "plane" and self.strategy == "pipelined":
+            raise ConfigError(
+                f"topology={self.topology!r} is known for patches and for one device, not for strategy='pipelined'"
+            )
         if (
             isinstance(self.shift, bool)
             or not (self.shift in SHIFTS or isinstance(self.shift, int))
@@ -178,6 +203,8 @@ class ParallelConfig:
             f"strategy={self.strategy} cfg={self.cfg} patch={self.patch or 'all'} split={self.split} "
             f"warmup_steps={self.warmup_steps} group_norm={self.group_norm}"
         ]
+        if self.strategy == "pipelined":
+            facts = [f"strategy=pipelined cfg={self.cfg} pipe={self.pipe or 'all'} warmup_steps={self.warmup_steps}"]
         shared = [f"text_encoders={self.text_encoders}"] if self.text_encoders != "once" else []
         return " ".join(facts + self.extras + shared)
 

@@ -8,8 +8,8 @@ from math import prod
 from .config import ParallelConfig
 from .errors import ConfigError
 
-AXES = ("cfg", "patch")
-"""Outermost first: the ranks of one patch group are consecutive, so they share a node where that is possible."""
+AXES = ("cfg", "pipe", "patch")
+"""Outermost first: the ranks of one guidance branch are consecutive, so they share a node where that is possible."""
 
 
 @dataclass(frozen=True)
@@ -25,22 +25,21 @@ class Mesh:
         Raises:
             ConfigError: the product of the axes is not the world, or the weights are not one for each patch.
         """
-        patch = config.patch if config.patch is not None else max(world // config.cfg, 1)
-        if config.cfg * patch != world:
-            asked = f"cfg={config.cfg} x patch={patch if config.patch is not None else 'any'}"
-            fits = (
-                f"{config.cfg * config.patch} ranks"
-                if config.patch is not None
-                else f"a multiple of {config.cfg} ranks"
-            )
+        axis, given = ("pipe", config.pipe) if config.strategy == "pipelined" else ("patch", config.patch)
+        size = given if given is not None else max(world // config.cfg, 1)
+        if config.cfg * size != world:
+            asked = f"cfg={config.cfg} x {axis}={size if given is not None else 'any'}"
+            fits = f"{config.cfg * given} ranks" if given is not None else f"a multiple of {config.cfg} ranks"
             raise ConfigError(f"a world of {world} does not fit {asked}: start {fits}, or change the product")
+        if axis == "pipe":
+            return cls((config.cfg, size, 1))
         weights = config.weights
-        if weights is not None and len(weights) != patch:
+        if weights is not None and len(weights) != size:
             raise ConfigError(
-                f"balance={config.balance} has {len(weights)} weights for {patch} ranks along the picture: "
+                f"balance={config.balance} has {len(weights)} weights for {size} ranks along the picture: "
                 "give one for each"
             )
-        return cls((config.cfg, patch))
+        return cls((config.cfg, 1, size))
 
     @property
     def world(self) -> int:
@@ -61,8 +60,14 @@ class Mesh:
         firsts = [rank for rank in range(self.world) if self.coordinate(rank, axis) == 0]
         return [[first + stride * i for i in range(size)] for first in firsts]
 
+    def branches(self) -> list[list[int]]:
+        """All groups of ranks that work on one branch of guidance."""
+        num_ranks = self.world // self.size("cfg")
+        return [list(range(first, first + num_ranks)) for first in range(0, self.world, num_ranks)]
+
     def _stride(self, axis: str) -> int:
         return prod(self.sizes[AXES.index(axis) + 1 :])
 
     def __str__(self) -> str:
-        return " x ".join(f"{axis} {size}" for axis, size in zip(AXES, self.sizes, strict=True))
+        shown = [(axis, size) for axis, size in zip(AXES, self.sizes, strict=True) if axis != "pipe" or size > 1]
+        return " x ".join(f"{axis} {size}" for axis, size in shown)

@@ -26,8 +26,9 @@ class Report:
     """One picture (or one call of the pipeline) as it ran on this rank.
 
     ``patches`` are the rows (or columns) of latent each rank of a patch group owns, in the end where they have changed;
-    ``balance`` what they follow (``"even"``, the weights, or ``"measured"``); ``seconds`` has one entry per
-    call of the denoiser, ``messages`` and ``bytes`` what this rank sent in it, ``kinds`` how fresh it was
+    ``stages`` the modules that each rank of a pipeline computes, ``balance`` what they follow (``"even"``, the weights,
+    or ``"measured"``); ``seconds`` has one entry per call of the denoiser, ``messages`` and ``bytes`` what this rank
+    sent in it, ``kinds`` how fresh it was
     (``"sync"``, ``"displaced"``, ``"naive"`` ...). ``slot_bytes`` is the memory for late messages, sent and received.
     ``vae`` is what a parallel VAE took in the same picture, by kind of call (``"encode"``, ``"decode"``): it is in none
     of the other counts.
@@ -37,6 +38,7 @@ class Report:
     mesh: str
     split: str = "rows"
     patches: tuple[int, ...] = ()
+    stages: tuple[tuple[str, ...], ...] = ()
     seconds: list[float] = field(default_factory=list)
     messages: list[int] = field(default_factory=list)
     bytes: list[int] = field(default_factory=list)
@@ -68,6 +70,7 @@ class Report:
             "mesh": self.mesh,
             "split": self.split,
             "patches": list(self.patches),
+            **({"stages": [list(names) for names in self.stages]} if self.stages else {}),
             "balance": self.balance,
             "steps": {kind: self.kinds.count(kind) for kind in dict.fromkeys(self.kinds)},
             "seconds_per_step": median([self.seconds[i] for i in chosen]) if chosen else None,
@@ -84,10 +87,13 @@ class Report:
         pace = facts["seconds_per_step"]
         steps = " + ".join(f"{count} {kind}" for kind, count in facts["steps"].items()) or "none"
         balance = {"even": "", "measured": " (measured)"}.get(self.balance, f" (weights {self.balance})")
+        owned = f"{self.split} per rank {'+'.join(map(str, self.patches)) or '-'}"
+        if self.stages:
+            owned = f"modules per rank {'+'.join(str(len(names)) for names in self.stages)}"
         parts = [
             f"strategy {self.strategy}",
             f"mesh {self.mesh}",
-            f"{self.split} per rank {'+'.join(map(str, self.patches)) or '-'}{balance}",
+            f"{owned}{balance}",
             f"steps {steps}",
             f"{pace:.3f} s/step" if pace is not None else "- s/step",
             f"{human_bytes(facts['bytes_per_step'])} and {facts['messages_per_step']} messages sent per step and rank",

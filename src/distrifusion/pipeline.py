@@ -84,7 +84,8 @@ def parallelize(target: T, config: ParallelConfig | None = None, comm: Comm | No
         agree(comm, {"VAE": "; ".join(whole) or "parallel"})  # or a rank with offload would leave the others to wait
         for model in models:
             nets = [] if model is target else _controlnets(target)
-            tables = [controlnet_table(net, model) for net in nets]
+            is_cut = config.strategy == "pipelined"  # into stages, not patches
+            tables = [None if is_cut else controlnet_table(net, model) for net in nets]
             notes = list(whole)
             conditions: list[SharedCondition] = []
             if None in tables:  # their outputs are added up: all in patches, or all whole
@@ -235,7 +236,7 @@ def report(target: Any) -> Report:
         reports = [parallel.report for parallel in parallels if parallel.is_of(mark)] or [parallels[0].report]
         found: Report = functools.reduce(Report.then, reports[1:], reports[0].copy())
     else:
-        found = vae.report if vae is not None and not denoisers else Report("none", str(Mesh((1, 1))))
+        found = vae.report if vae is not None and not denoisers else Report("none", str(Mesh((1, 1, 1))))
     if vae is not None:
         found.vae = dict(vae.tally)
     return found

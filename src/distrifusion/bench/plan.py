@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from ..config import ALONE, MEASURED, ParallelConfig, StrategyName
+from ..config import MEASURED, UNCODED, ParallelConfig, StrategyName
 from ..errors import ConfigError
 from ..geometry import Split
 from ..mesh import Mesh
@@ -133,7 +133,7 @@ def cases_for(
             cases.append(Case(strategies[0]))
             continue
         for strategy in strategies:
-            if strategy in ALONE:
+            if strategy in UNCODED:
                 cases.append(Case(strategy, world, balance=balance))
                 continue
             cases += [

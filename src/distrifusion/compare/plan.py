@@ -12,7 +12,7 @@ from typing import Any
 
 from ..checkpoint import Checkpoint
 from ..choices import check_size
-from ..config import ALONE, BUILT, CODECS, GroupNormMode, ParallelConfig, SplitDim, StrategyName
+from ..config import BUILT, CODECS, UNCODED, GroupNormMode, ParallelConfig, SplitDim, StrategyName
 from ..errors import ConfigError
 from ..mesh import Mesh
 
@@ -120,9 +120,9 @@ def cases_for(
         # Also what this strategy will not use: a typing error is one whatever it stands beside.
         ParallelConfig(strategy=strategy, cfg=cfg, split=split, warmup_steps=warmup, group_norm=norm)  # type: ignore[arg-type]
         ParallelConfig(codec=codec, context_window=window)
-        extra: dict[str, Any] = {"warmup_steps": warmup} if strategy in ("displaced", "shifted") else {}
+        extra: dict[str, Any] = {"warmup_steps": warmup} if strategy in ("displaced", "shifted", "pipelined") else {}
         extra |= {"group_norm": norm} if strategy == "displaced" else {}
-        extra |= {"codec": codec, "context_window": window} if strategy not in ALONE else {}
+        extra |= {"codec": codec, "context_window": window} if strategy not in UNCODED else {}
         found[Case(strategy, count, world, split=split, cfg=cfg, **extra)] = None  # type: ignore[arg-type]
     return tuple(sorted(found, key=lambda case: case.order))
 

@@ -12,6 +12,7 @@ from .prompt import PatchPrompt
 from .resample import PatchDownsample, PatchInterpolate, PatchPad, PatchUpsample
 from .seam import PatchFrameAttention, PatchSeam
 from .tokens import PatchArguments, PatchEntry, PatchExit, PatchSides
+from .unit import StageUnit
 
 __all__ = [
     "Attached",
@@ -36,4 +37,5 @@ __all__ = [
     "PatchSiLU",
     "PatchSides",
     "PatchUpsample",
+    "StageUnit",
 ]

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from ..config import BUILT
 from ..errors import UnsupportedModel
-from ..layers import Layer
+from ..layers import FrameHolder, Layer
 from .table import Call, Table
 
 if TYPE_CHECKING:
@@ -19,6 +19,7 @@ __all__ = [
     "Table",
     "controlnet_table",
     "is_known",
+    "stage_layers",
     "supported",
     "table_for",
     "vae_halves",
@@ -70,6 +71,20 @@ def wrapping_layers(vae: Any, rings: tuple[bool, bool]) -> Iterator[Layer]:
     return wrapping_layers(vae, rings)
 
 
+def stage_layers(model: Any, num_stages: int, holder: FrameHolder) -> Iterator[Layer]:
+    """The units that stages of ``model``, which has a table, are made of, not attached.
+
+    Raises:
+        ConfigError: fewer units than stages.
+        UnsupportedModel: a model that is not known in stages.
+    """
+    from . import units
+    from .plans import PLANS
+
+    plan = next((plan for plan in PLANS if type(model) is plan.model), None)
+    return units.stage_layers(model, plan, num_stages, holder)
+
+
 def is_known(model: Any) -> bool:
     """Whether a table knows the class of ``model``."""
     try:
@@ -81,7 +96,8 @@ def is_known(model: Any) -> bool:
 
 _MODULES = (
     "sync equals one device (relative L2 <= 1e-5, float32) at worlds 2, 3, 4, 5, 7, rows and columns, batch 1 to 3, \
-odd sizes; displaced with a held input equals sync: tests/test_unet_exact.py"
+odd sizes; displaced with a held input equals sync: tests/test_unet_exact.py; pipelined with a held input equals one \
+device after as many steps as stages, worlds 2 to 7: tests/test_pipelined.py, tests/test_pipelined_pipelines.py"
 )
 
 
@@ -92,7 +108,8 @@ _TRANSFORMERS = """\
 sync equals one device (relative L2 <= 1e-5, float32) at worlds 2, 3, 4, 5, rows and columns, batch 1 and 2, uneven \
 rows of tokens; displaced with a held input equals sync; cfg=2 at 2 and 4: tests/test_transformers.py; videos by \
 frames at 2 to 5: tests/test_transformers_video.py; final latents of whole pipelines, sync and displaced in warm-up, \
-worlds 2 and 3, cfg=2: tests/test_pipelines_cross.py, tests/test_pipelines_joint.py, tests/test_pipelines_video.py"""
+worlds 2 and 3, cfg=2: tests/test_pipelines_cross.py, tests/test_pipelines_joint.py, tests/test_pipelines_video.py; \
+pipelined with a held input equals one device after two steps at world 2: tests/test_pipelined_transformers.py"""
 
 
 _VAES = {

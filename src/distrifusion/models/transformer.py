@@ -8,7 +8,7 @@ attentions over image tokens (``seams``, ``sums``), and how to read the size of 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 from typing import Any
@@ -163,24 +163,24 @@ class TransformerTable:
             if module is self.model or id(module) in walk.seen:
                 continue
             check_module(module, name)
-            if (pattern := _match(name, plan.entries)) is not None:
+            if (pattern := matching(name, plan.entries)) is not None:
                 yield PatchEntry(module, name, holder, cut=plan.entries[pattern])
-            elif (pattern := _match(name, plan.inputs)) is not None:
+            elif (pattern := matching(name, plan.inputs)) is not None:
                 yield PatchArguments(module, name, holder, cuts=plan.inputs[pattern])
-            elif (pattern := _match(name, plan.seams)) is not None:
+            elif (pattern := matching(name, plan.seams)) is not None:
                 yield PatchSeam(module, name, holder, place=plan.seams[pattern])
-            elif (pattern := _match(name, plan.sums)) is not None:
+            elif (pattern := matching(name, plan.sums)) is not None:
                 yield PatchLinearAttention(module, name, holder, processors=plan.sums[pattern])
-            elif (pattern := _match(name, plan.sides)) is not None:
+            elif (pattern := matching(name, plan.sides)) is not None:
                 yield PatchSides(module, name, holder)
-            elif (pattern := _match(name, plan.convs)) is not None:
+            elif (pattern := matching(name, plan.convs)) is not None:
                 yield from walk(module, name, OnLevel(TOKENS, TOKENS))  # of what an adapter has put around it, too
             elif name == plan.exit:
                 pattern = name
                 yield PatchExit(module, name, holder, tokens=plan.leaving)
-            elif (pattern := _match(name, plan.prompts)) is not None:
+            elif (pattern := matching(name, plan.prompts)) is not None:
                 yield PatchPrompt(module, name, holder)
-            elif hasattr(module, "processor") and _match(name, plan.texts) is None:
+            elif hasattr(module, "processor") and matching(name, plan.texts) is None:
                 raise unsupported(module, name, "is an attention that the plan of its model does not name")
             elif isinstance(module, _READS_BEYOND) and not any(name.startswith(entry) for entry in plan.entries):
                 raise unsupported(module, name)
@@ -266,7 +266,7 @@ def _own(value: Any, tokens: Tokens, frame: Frame) -> Any:
 _READS_BEYOND = (nn.modules.conv._ConvNd, nn.GroupNorm, nn.modules.pooling._AvgPoolNd, nn.modules.batchnorm._NormBase)
 
 
-def _match(name: str, patterns: Any) -> str | None:
+def matching(name: str, patterns: Iterable[str]) -> str | None:
     """The pattern of as many parts as the name has: a ``*`` stands for one of them."""
     depth = name.count(".")
     return next((each for each in patterns if each.count(".") == depth and fnmatchcase(name, each)), None)

@@ -8,12 +8,13 @@ from .base import State, Strategy
 from .guidance import Guidance
 from .independent import Naive, Shifted
 from .patch import Displaced, Sync
+from .pipelined import Pipelined
 
 __all__ = ["Guidance", "State", "Strategy", "strategy_for"]
 
-_STRATEGIES = {cls.name: cls for cls in (Sync, Displaced, Naive, Shifted)}
+_STRATEGIES = {cls.name: cls for cls in (Sync, Displaced, Naive, Shifted, Pipelined)}
 
 
 def strategy_for(config: ParallelConfig, comm: Comm) -> Strategy:
-    """The strategy that ``config`` names, for the ranks of one patch group."""
+    """The strategy that ``config`` names, for the ranks of one guidance branch."""
     return _STRATEGIES[config.strategy](config, comm)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
+from ..boundary import Stages
 from ..comm.residual import Wire
 from ..comm.slots import Slots
 from ..exchange import Exchange
@@ -20,6 +21,7 @@ class State:
     levels: Levels | None = None  # the rows that slots and wire are about
     slots: Slots | None = None  # of strategies with late values
     wire: Wire | None = None  # of synchronous values that travel as residuals
+    stages: Stages | None = None  # of a model that is cut over its depth
     is_checked: bool = False  # whether the ranks have compared what they were given
     is_halved: bool = False  # whether only one half of the ranks makes its steps
     last: Any = None  # what a call gave, for shapes and class
@@ -33,7 +35,7 @@ class State:
     def forget(self, fresh: State) -> None:
         """Go on without the words of the step before, as ``fresh`` has none."""
         self.drain()
-        self.slots, self.wire = fresh.slots, fresh.wire
+        self.slots, self.wire, self.stages = fresh.slots, fresh.wire, fresh.stages
 
     def depart(self) -> None:
         """Let leave what has waited for the prediction to go first."""

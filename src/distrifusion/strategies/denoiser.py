@@ -11,6 +11,7 @@ from typing import Any, TypeVar
 import torch
 from torch import nn
 
+from ..boundary import Staged
 from ..comm import Comm
 from ..config import ParallelConfig
 from ..errors import ConfigError, UnsupportedModel
@@ -20,7 +21,7 @@ from ..layers import Attached, Frame, FrameHolder
 from ..layers.base import put_rows
 from ..mesh import Mesh
 from ..metrics import Report
-from ..models import Call, Table
+from ..models import Call, Table, stage_layers
 from . import strategy_for
 from .agreement import check_call, check_latents, probe
 from .balance import Balance
@@ -103,6 +104,7 @@ class ParallelDenoiser:
         self._pictures = Pictures(self._strategy, timesteps)
         self._timesteps = timesteps
         self._dim = _DIMS[config.split]
+        self._is_spread = self._mesh.world > self._mesh.size("cfg")
         has_halves = self._mesh.size("cfg") > 1 and not self._feeders
         branch = self._guidance.branch if has_halves else None
         start = self._strategy.start
@@ -255,9 +257,11 @@ class ParallelDenoiser:
         if num_patches > 1:
             own_call = self._table.localise(own_call, frame, fed=is_fed)
         self._holder.frame = frame
+        stages = exchange if isinstance(exchange, Staged) and self._is_spread else None
+        forward = self._compiling.forward() if stages is None else functools.partial(stages.run, self._inner)
         with self._balance.measuring():
             exchange.begin()
-            result = self._compiling.forward()(**own_call.arguments)
+            result = forward(**own_call.arguments)
             if num_patches > 1:
                 result = self._table.finish(result, frame)
             own = self._table.fold(result[0], own_call, frame) if self._table.gathers else call.sample
@@ -271,13 +275,20 @@ class ParallelDenoiser:
         for cost in fed:
             self._cost.add(cost)
         self._cost.num_calls += 1
-        self._kind = exchange.kind if num_patches > 1 else "sync"
-        self.report.patches = picture.splits[0].sizes
-        self.report.balance = self._balance.origin(self._table.size(call))
-        return Ran(result, own, picture.splits[0], self._moved)
+        self._kind = exchange.kind if self._is_spread else "sync"
+        split = picture.splits[0]
+        if stages is None:
+            self.report.patches = split.sizes
+            self.report.balance = self._balance.origin(self._table.size(call))
+        else:  # one rank has the whole prediction
+            self.report.stages, self.report.balance = stages.names, str(self._config.balance or "even")
+            split = stages.output_split(split.size)
+        return Ran(result, own, split, self._moved)
 
     def _skip(self, before: Ran, call: Call, state: State) -> Ran:
         """See `Pairs`."""
+        if self._mesh.size("pipe") > 1:
+            return before
         split = self._levels(call).splits[0]
         moved = self._moves(call, state, split, is_fed=False)
         own = before.own.new_zeros(before.own.shape)
@@ -369,6 +380,10 @@ class ParallelDenoiser:
         """Take over modules that are not yet ours, such as a LoRA's, and let go of those that have left the model."""
         if self._mesh.size("cfg") > 1 and not self._table.splits_guidance():
             raise ConfigError("cfg=2 does not work with PAG, whose branches must share a batch; use cfg=1")
+        num_stages = self._mesh.size("pipe")
+        if num_stages > 1:
+            self._layers.follow(stage_layers(self.model, num_stages, self._holder))
+            return
         is_cut = self._mesh.size("patch") > 1
         if not is_cut and not any(self._config.rings):
             return
@@ -401,12 +416,13 @@ class ParallelDenoiser:
         return result
 
     def _new_report(self) -> Report:
-        is_cut = self._mesh.size("patch") > 1
         notes = [
-            extra if is_cut or extra.startswith("topology") else f"{extra} does nothing without patches"
+            extra if self._is_spread or extra.startswith("topology") else f"{extra} does nothing without patches"
             for extra in self._config.extras
         ]
         notes += self._notes + ([self._compiling.note] if self._compiling.note else [])
+        if self._mesh.size("pipe") > 1 and any(each._compiled_call_impl is not None for each in self.model.modules()):
+            notes.append("torch.compile does nothing while pipelined")
         return Report(self._config.strategy, str(self._mesh), self._config.split, notes=notes)
 
 

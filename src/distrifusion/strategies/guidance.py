@@ -26,7 +26,7 @@ class Guidance:
     def __init__(self, mesh: Mesh, comm: Comm) -> None:
         self._mesh = mesh
         self._comm = comm
-        self.patches = comm.split(mesh.groups("patch")) if mesh.size("cfg") > 1 else comm
+        self.patches = comm.split(mesh.branches()) if mesh.size("cfg") > 1 else comm
         self.branch = mesh.coordinate(comm.rank, "cfg")
         self._branches: Comm | None = None  # ranks with the same patch, by branch
 

@@ -20,7 +20,7 @@ class Ran:
     """What a call of the model gave on this rank."""
 
     result: Any  # of the model
-    own: Tensor  # own rows [B, C, rows, W] of the prediction (their window, if they stand alone), or [B, frames, C, H, W]
+    own: Tensor  # own rows [B, C, rows, W] of the prediction (their window, if alone), or frames [B, frames, C, H, W]
     split: Split  # of the picture
     moved: Moved | None = None  # where the patches were, if each stands alone
 
