@@ -94,7 +94,7 @@ def predicted(name: str, settings: df.ParallelConfig, world: int, batch: int, st
     anatomy = anatomy_of(model, **call)
     table = table_for(model)
     dim = 2 if settings.split == "rows" else 3
-    levels = table.levels(*table.size(table.bind((), call)), world // settings.cfg, dim)
+    levels = table.levels(*table.size(table.bind((), call)), (1.0,) * (world // settings.cfg), dim)
     return [
         [traffic(anatomy, levels, settings, rank, batch=batch, step=step) for step in range(steps)]
         for rank in range(world)
@@ -167,7 +167,7 @@ def test_half_precision_halves_all_but_the_moments() -> None:
                 found.append(Traffic(comm.meter.messages.copy(), comm.meter.bytes.copy()))
             return found
 
-        levels = table_for(build("sd15")).levels(*UNETS["sd15"], 3, 2)
+        levels = table_for(build("sd15")).levels(*UNETS["sd15"], (1.0,) * 3, 2)
         for r, found in enumerate(df.run_ranks(3, rank)):
             for step, each in enumerate(found):
                 assert numbers(each) == numbers(traffic(anatomy, levels, settings, r, batch=2, step=step))
@@ -207,7 +207,7 @@ def bench_shape(name: str, batch: int) -> tuple[Any, Anatomy]:
 def test_the_33_m_shape_sends_what_the_documents_say() -> None:
     """docs/codecs.md, which were counted by `bench`: two ranks, 1024 px."""
     model, anatomy = bench_shape("sdxl-mini", 1)
-    levels = table_for(model).levels(128, 128, 2, 2)
+    levels = table_for(model).levels(128, 128, (1.0,) * 2, 2)
     wanted = {None: 24_850_912, "fp16": 12_498_272, "int8": 6_389_472, "int4": 3_301_088, "int2": 1_723_808}
     for codec, num_bytes in {**wanted, "1bit": 951_712}.items():
         assert sum(traffic(anatomy, levels, config(codec=codec), 0, step=2).bytes.values()) == num_bytes
@@ -218,7 +218,7 @@ def test_one_bit_sends_at_most_a_24th_of_all_bytes_at_1024(name: str, batch: int
     """Of float32's, prediction and moments included. And of SDXL, the volume that is known of it."""
     model, anatomy = bench_shape(name, batch)
     for world in (2, 4, 8):
-        levels = table_for(model).levels(128, 128, world, 2)
+        levels = table_for(model).levels(128, 128, (1.0,) * world, 2)
         for strategy, rank in (("sync", 0), ("displaced", 1)):
             none, bit = (
                 sum(traffic(anatomy, levels, settings, rank, batch=batch, step=2).bytes.values())
