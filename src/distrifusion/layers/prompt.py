@@ -87,7 +87,7 @@ def _mark(module: nn.Module, args: Any, held: list[Tensor]) -> Any:
         held += [tensor, root]
         # The root's id: two roots over the same memory would count their writes each for itself.
         parts += [id(root), tensor.data_ptr(), tensor.shape, tensor.stride(), tensor.dtype, tensor._version]
-    if not held:
+    if not held or held[0].is_meta:  # there is nothing to keep of shapes alone
         return None
     kind = held[0].device.type
     parts += [torch.is_autocast_enabled(kind), torch.get_autocast_dtype(kind)]
