@@ -33,7 +33,7 @@ def test_the_defaults_are_the_papers() -> None:
 @pytest.mark.parametrize("group_norm", ["corrected", "carried", "stale", "separate", "sync"])
 def test_every_choice_is_accepted(strategy: str, split: str, group_norm: str) -> None:
     config = ParallelConfig(strategy=strategy, split=split, group_norm=group_norm, cfg=2, patch=3, warmup_steps=0)
-    asked = f"strategy={strategy} cfg=2 patch=3 split={split} warmup_steps=0 text_encoders=once group_norm={group_norm}"
+    asked = f"strategy={strategy} cfg=2 patch=3 split={split} warmup_steps=0 group_norm={group_norm}"
     assert str(config) == asked
 
 

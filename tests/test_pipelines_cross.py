@@ -262,7 +262,7 @@ def _controlnet(family: Any, name: str, **changes: Any) -> Any:
 
 def hunyuan_controlled() -> Any:
     net = _controlnet(diffusers.HunyuanDiT2DControlNetModel, "hunyuan", transformer_num_layers=6)
-    return hunyuan(diffusers.HunyuanDiTControlNetPipeline, controlnet=copy.deepcopy(net), vae=_vae())
+    return hunyuan(diffusers.HunyuanDiTControlNetPipeline, controlnet=copy.deepcopy(net), vae=copy.deepcopy(_vae()))
 
 
 def sana_controlled() -> Any:
@@ -291,7 +291,9 @@ def test_controlnets_run_whole_and_their_residuals_are_cut(name: str, config: df
     assert distance(without(make()), controlled(make())) > 1000 * EXACT  # or a residual lost would not show
     check(make, controlled, config=config)
     notes = df.run_ranks(2, lambda comm: df.report(df.parallelize(make(), config, comm)).notes)
-    assert notes == [[f"{name} runs whole on every rank"]] * 2
+    assert [[note for note in each if "Autoencoder" not in note] for each in notes] == [
+        [f"{name} runs whole on every rank"]
+    ] * 2
 
 
 @pytest.mark.filterwarnings("ignore:LoRA adapter added to ConvNd layer with groups:UserWarning")

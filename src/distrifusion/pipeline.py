@@ -229,7 +229,8 @@ def report(target: Any) -> Report:
 
     Of a pipeline with two denoisers, such as Wan 2.2's: the steps of the first and then of the second.
     """
-    denoisers, vae = _denoisers(target), getattr(_vae(target), _MARK, None)
+    denoisers, own = _denoisers(target), getattr(_vae(target), _MARK, None)
+    vae = own if isinstance(own, ParallelVAE) else None
     parallels = [getattr(model, _MARK) for model in denoisers if hasattr(model, _MARK)]
     if parallels:
         mark = _timesteps_of(target)()
