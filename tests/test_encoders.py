@@ -98,6 +98,26 @@ def test_pipelines_that_share_an_encoder() -> None:
         assert distance(found[1], truth) <= EXACT
 
 
+def test_an_offload_hook_on_one_rank_is_told_and_one_that_came_later_is_not_left_behind() -> None:
+    def rank(comm: Any) -> None:
+        pipe = sd()
+        if comm.rank:
+            pipe.text_encoder._hf_hook = "as accelerate marks it"
+        df.parallelize(pipe, config("once"), comm)
+
+    with pytest.raises(df.RanksDisagree, match="text encoders that run once differs: rank 0 has text_encoder, rank 1"):
+        df.run_ranks(2, rank)
+
+    def later(comm: Any) -> None:
+        pipe = df.parallelize(sd(), config("once"), comm)
+        pipe.text_encoder._hf_hook = "as accelerate marks it"
+        pipe.text_encoder.forward = pipe.text_encoder.forward.__wrapped__
+        with pytest.raises(df.ConfigError, match="the forward of text_encoder was replaced"):
+            df.restore(pipe)
+
+    df.run_ranks(2, later)
+
+
 def test_other_prompts_are_told() -> None:
     def rank(comm: Any) -> None:
         sample(df.parallelize(sd(), config("once"), comm), PROMPTS[comm.rank])

@@ -106,12 +106,23 @@ def parallelize(target: T, config: ParallelConfig | None = None, comm: Comm | No
             _take_back(model)
         raise
     if config.text_encoders != "every" and comm.world > 1:
-        freed = config.text_encoders == "freed"
-        for place, (name, encoder) in enumerate(_text_encoders(target).items()):
-            if not hasattr(encoder, _SHARED):  # another pipeline's too, as the refiner's and the base's
-                encoders = SharedEncoder(encoder, name, comm, place % comm.world, freed=freed)
-                setattr(encoder, _SHARED, encoders)
+        _share_encoders(target, comm, is_freed=config.text_encoders == "freed")
     return target
+
+
+def _share_encoders(target: Any, comm: Comm, is_freed: bool) -> None:
+    """Let one rank run each text encoder for all, but those that an offload hook moves about, which stay as they are.
+
+    Raises:
+        RanksDisagree: ranks of which some have such hooks: one would wait for what another never says.
+    """
+    encoders = {name: part for name, part in _text_encoders(target).items() if not hasattr(part, "_hf_hook")}
+    # Another pipeline's may be shared already, as those of a refiner and its base.
+    new = {name: part for name, part in encoders.items() if not hasattr(part, _SHARED)}
+    agree(comm, {"text encoders that run once": ", ".join(new) or "none"})
+    for place, (name, encoder) in enumerate(encoders.items()):
+        if name in new:
+            setattr(encoder, _SHARED, SharedEncoder(encoder, name, comm, place % comm.world, freed=is_freed))
 
 
 def _check_ends(target: Any, config: ParallelConfig) -> None:
@@ -296,12 +307,11 @@ def _controlnets(target: Any) -> list[Any]:
 
 
 def _text_encoders(target: Any) -> dict[str, nn.Module]:
-    """The text encoders of a pipeline, by name: not those that an offload hook moves about, which stay as they are."""
+    """The text encoders of a pipeline, by name."""
     if not isinstance(target, DiffusionPipeline):
         return {}
     found = {name: part for name, part in target.components.items() if name.startswith("text_encoder")}
-    modules = {name: _unwrapped(part) for name, part in sorted(found.items()) if isinstance(part, nn.Module)}
-    return {name: module for name, module in modules.items() if not hasattr(module, "_hf_hook")}
+    return {name: _unwrapped(part) for name, part in sorted(found.items()) if isinstance(part, nn.Module)}
 
 
 def _compiled_wrapper(target: Any, model: nn.Module) -> Any:
