@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import os
-import secrets
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -14,7 +13,8 @@ from . import checkpoint
 from .choices import check_device, check_size, dtype_name, make_request, num_workers
 from .config import ParallelConfig
 from .engine import Engine
-from .errors import ConfigError, DistrifusionError
+from .errors import ConfigError
+from .files import beside, write_whole
 from .mesh import Mesh
 from .metrics import Report
 from .painter import OnStep, Request, Setup
@@ -176,7 +176,7 @@ def check_output(path: Path) -> None:
         raise ConfigError(f"output {str(path)!r}: there is no folder {str(path.parent)!r}")
     if path.exists() and not os.access(path, os.W_OK):
         raise ConfigError(f"output {str(path)!r} is there and cannot be written to")
-    trial = _beside(path)
+    trial = beside(path)
     try:
         trial.touch(exist_ok=False)
         trial.unlink()
@@ -186,20 +186,16 @@ def check_output(path: Path) -> None:
         ) from error
 
 
-def _beside(path: Path) -> Path:
-    return path.with_name(f".{path.stem}-{secrets.token_hex(4)}{path.suffix}")
-
-
 def _write(order: Order, images: Any, report: Report, seconds: float, world: int) -> Written:
     frames = images[0] if isinstance(images[0], list) else [images[0]]
     image = frames[0]
     if not hasattr(image, "save"):
         raise ConfigError(f"the model makes {type(image).__name__}, and this command writes pictures: use df.Engine")
     moving = {"save_all": True, "append_images": frames[1:], "duration": 1000 / order.fps, "loop": 0}
-    _whole_or_not(order.output, lambda path: image.save(path, **(moving if len(frames) > 1 else {})))
+    write_whole(order.output, lambda path: image.save(path, **(moving if len(frames) > 1 else {})))
     if order.view is not None:
         text = page(order.output, order.view, order.prompt)
-        _whole_or_not(order.page, lambda path: path.write_text(text, encoding="utf-8"))
+        write_whole(order.page, lambda path: path.write_text(text, encoding="utf-8"))
     width, height = image.size
     facts = {
         "file": str(order.output),
@@ -220,23 +216,6 @@ def _write(order: Order, images: Any, report: Report, seconds: float, world: int
         facts["page"] = str(order.page)
         lines.append(f"wrote {order.page}: open it in a browser")
     return Written(lines, facts)
-
-
-def _whole_or_not(path: Path, write: Callable[[Path], Any]) -> None:
-    """Let a file appear whole or not at all.
-
-    Raises:
-        DistrifusionError: it could not be written.
-    """
-    whole = _beside(path)
-    try:
-        write(whole)
-        os.replace(whole, path)
-    except OSError as error:
-        raise DistrifusionError(f"output {str(path)!r} could not be written: {error}") from error
-    finally:
-        with suppress(FileNotFoundError):
-            whole.unlink()
 
 
 @contextmanager

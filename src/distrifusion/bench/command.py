@@ -189,7 +189,7 @@ def _joined(order: Order, quiet: bool) -> Found | None:
 def _show(order: Order, found: Found, only_json: bool) -> None:
     from rich.console import Console
 
-    from .output import write_whole
+    from ..files import write_whole
     from .plot import draw
     from .summary import table
 
