@@ -9,11 +9,12 @@ picture meet, rows beyond it are those at the other end; nothing else changes.
 from .halos import Halo, Part, halo, moves
 from .levels import Levels
 from .moving import Blend, Moved, blend
-from .readers import Nearby, Nearest, Reader, Window
+from .readers import Chain, Nearby, Nearest, Reader, Window
 from .spans import Span, Split, laps
 
 __all__ = [
     "Blend",
+    "Chain",
     "Halo",
     "Levels",
     "Moved",

@@ -67,6 +67,24 @@ class Nearest:
 
 
 @dataclass(frozen=True)
+class Chain:
+    """Several layers, one after the other, as one: what the first reads so that the last can make its rows.
+
+    ``readers`` are theirs, in order; ``size`` the rows of input beyond which there is nothing to read (None: the ends
+    meet, so there always is).
+    """
+
+    readers: tuple[Reader, ...]
+    size: int | None
+
+    def reads(self, out: Span) -> Span:
+        """See Reader. Never beyond the picture: each layer has its own zeros there."""
+        for reader in reversed(self.readers):
+            out = reader.reads(out)
+        return out if self.size is None else out & Span(0, self.size)
+
+
+@dataclass(frozen=True)
 class Nearby:
     """Attention to a patch and the nearer ``share`` (0 to 1) of the patch on each side of it.
 

@@ -3,7 +3,7 @@
 from .activation import PatchSiLU
 from .attached import Attached
 from .attention import PatchAttention
-from .base import Frame, FrameHolder, Layer
+from .base import Band, Frame, FrameHolder, Layer
 from .causal import PatchCausalConv, PatchRegroup
 from .conv import PatchConv
 from .linear_attention import PatchLinearAttention
@@ -16,6 +16,7 @@ from .unit import StageUnit
 
 __all__ = [
     "Attached",
+    "Band",
     "Frame",
     "FrameHolder",
     "Layer",

@@ -24,6 +24,14 @@ class Ragged:
 
 
 @dataclass
+class Band:
+    """Rows with a margin on each side that is computed again with the next band, and belongs to no norm of this one."""
+
+    cores: dict[int, Span]  # by the number of rows at a level: those without the margins
+    moments: dict[str, Tensor]  # of the whole picture, by the norm's name, as far as they are known
+
+
+@dataclass
 class Frame:
     """One denoiser's present call on one rank: set before the model runs, read by its layers.
 
@@ -40,6 +48,7 @@ class Frame:
     context_window: float | None = None  # see ParallelConfig: which keys a patch's queries see
     sees_peers: bool = field(init=False)  # of the exchange: whether anything of the peers is known
     memory: dict[str, Any] = field(default_factory=dict)  # what layers keep, by name, in this picture and branch
+    band: Band | None = None  # where the patch is one of several that a rank computes one after the other
 
     def __post_init__(self) -> None:
         # Here, so that a compiled graph, which depends on this, does not depend on the kind of the exchange too.
@@ -53,6 +62,13 @@ class Frame:
         """A patch that stands alone, in the parts that the picture's end divides."""
         rows = self.levels.strips[level]
         return [x] if len(rows) == 1 else list(torch.split(x, list(rows), self.dim))
+
+    def core(self, x: Tensor) -> Tensor:
+        """Rows of a patch ``[B, C, rows, W]`` that no other patch has."""
+        if self.band is None:
+            return x
+        core = self.band.cores[x.shape[self.dim]]
+        return x.narrow(self.dim, core.start, len(core))
 
     def own(self, level: int, whole: Tensor, dim: int | None = None) -> Tensor:
         """Own rows at ``level`` of a tensor that has those of the whole picture."""

@@ -27,11 +27,11 @@ class PatchGroupNorm(Layer):
     def _forward(self, x: Tensor) -> Tensor:
         module, x = self.module, x.contiguous()
         batch, channels = x.shape[:2]
-        own = measure(x.view(batch * module.num_groups, x[:1, : channels // module.num_groups].numel()))
         if torch.compiler.is_compiling():
+            own = _measured(x, module.num_groups)
             moments = self.ask([own], [own.shape[0] - 1], 0)[0].view(2, -1)
         else:
-            moments = self.frame.exchange.moments(self.key, own)
+            moments = self._moments(x)
         if not x.numel():
             return x
         # Batch norm with given statistics is the affine map wanted here, in one pass and with mixed dtypes: one
@@ -50,9 +50,22 @@ class PatchGroupNorm(Layer):
         )
         return normed.view(x.shape)
 
+    def _moments(self, x: Tensor) -> Tensor:
+        """Mean and variance of the whole picture, ``[2, batch x groups]``."""
+        frame, num_groups = self.frame, self.module.num_groups
+        if frame.band is not None and self.key in frame.band.moments:
+            return frame.band.moments[self.key]
+        return frame.exchange.moments(self.key, _measured(frame.core(x).contiguous(), num_groups))
+
     def answer(self, tensors: list[Tensor], dim: int, question: int) -> Sequence[Tensor]:
         """See Layer."""
         return [self.frame.exchange.moments(self.key, tensors[0]).flatten()]
+
+
+def _measured(x: Tensor, num_groups: int) -> Tensor:
+    """Moments of a contiguous ``[B, C, ...]``, see moments.py."""
+    batch, channels = x.shape[:2]
+    return measure(x.view(batch * num_groups, x[:1, : channels // num_groups].numel()))
 
 
 def _per_sample(parameter: Tensor | None, batch: int, dtype: torch.dtype) -> Tensor | None:

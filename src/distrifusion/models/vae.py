@@ -9,7 +9,8 @@ from typing import Any, Literal
 from diffusers import AutoencoderKL, AutoencoderKLFlux2, AutoencoderKLQwenImage, AutoencoderKLWan, AutoencoderTiny
 from diffusers.models.autoencoders import autoencoder_kl_qwenimage as qwen
 from diffusers.models.autoencoders import autoencoder_kl_wan as wan
-from diffusers.models.unets.unet_2d_blocks import AutoencoderTinyBlock
+from diffusers.models.resnet import ResnetBlock2D
+from diffusers.models.unets.unet_2d_blocks import AutoencoderTinyBlock, UpDecoderBlock2D
 from torch import Tensor, nn
 
 from ..errors import ConfigError
@@ -33,11 +34,29 @@ Pairs = list[tuple[Window, Window]]
 
 
 @dataclass(frozen=True)
+class Tail:
+    """The end of a decoder, as modules that its forward calls one after the other with what the last one has made.
+
+    ``finish`` is what is left to do after them.
+    """
+
+    modules: tuple[nn.Module, ...]
+    finish: Callable[[Tensor], Tensor] = lambda x: x
+
+    def run(self, first: int, x: Tensor) -> Tensor:
+        """From module ``first`` on: rows ``[B, C, rows, W]`` -> rows of the picture."""
+        for module in self.modules[first:]:
+            x = module(x, temb=None) if isinstance(module, ResnetBlock2D) else module(x)
+        return self.finish(x)
+
+
+@dataclass(frozen=True)
 class Plan:
     """How the encoders, or the decoders, of one family are made."""
 
     windows: Callable[[Any], Pairs]
     layers: Callable[[Walk, Any, int], Iterator[Layer]]  # (walk, module, the coarsest level)
+    tail: Callable[[Any], Tail] | None = None
 
 
 @dataclass(frozen=True)
@@ -92,6 +111,11 @@ class Half:
         yield from self.plan.layers(walk, self.module, len(self.plan.windows(self.module)))
 
 
+    def tail(self) -> Tail | None:
+        """What may be computed in bands of rows; None: nothing of this half is known to."""
+        return self.plan.tail(self.module) if self.plan.tail is not None else None
+
+
 def halves(vae: Any) -> tuple[Half, ...]:
     """Encoder and decoder, whichever the VAE still has; its class is in `PLANS`."""
     encoder, decoder = PLANS[type(vae)]
@@ -132,6 +156,16 @@ def _unet_decoder(walk: Walk, decoder: Any, coarsest: int) -> Iterator[Layer]:
     yield from _tail(walk, decoder, level)
 
 
+def _unet_tail(decoder: Any) -> Tail:
+    """From the first block on after which nothing looks at the whole picture but norms."""
+    modules: list[nn.Module] = [decoder.conv_norm_out, decoder.conv_act, decoder.conv_out]
+    for each in reversed(decoder.up_blocks):
+        if type(each) is not UpDecoderBlock2D:
+            break
+        modules[:0] = [*each.resnets, *(each.upsamplers or ())]
+    return Tail(tuple(modules))
+
+
 HALVING = (Window(2, 2), Window(2, 2))
 """From the finer to the coarser level, where a decoder doubles."""
 
@@ -149,6 +183,10 @@ def _tiny_windows(encoder: Any) -> Pairs:
 
 def _tiny_doublings(decoder: Any) -> Pairs:
     return [HALVING] * sum(isinstance(module, nn.Upsample) for module in decoder.layers)
+
+
+def _tiny_tail(decoder: Any) -> Tail:
+    return Tail(tuple(decoder.layers), lambda x: x.mul(2).sub(1))
 
 
 def _tiny_encoder(walk: Walk, encoder: Any, coarsest: int) -> Iterator[Layer]:
@@ -288,8 +326,8 @@ CONTAINERS: tuple[type, ...] = (
 
 LOCAL: tuple[type, ...] = (*blocks.LOCAL, wan.WanRMS_norm, qwen.QwenImageRMS_norm)
 
-_UNET = (Plan(_unet_windows, _unet_encoder), Plan(_doublings, _unet_decoder))
-_TINY = (Plan(_tiny_windows, _tiny_encoder), Plan(_tiny_doublings, _stack))
+_UNET = (Plan(_unet_windows, _unet_encoder), Plan(_doublings, _unet_decoder, _unet_tail))
+_TINY = (Plan(_tiny_windows, _tiny_encoder), Plan(_tiny_doublings, _stack, _tiny_tail))
 _VIDEO = (Plan(_video_windows, _video_encoder), Plan(_video_doublings, _video_decoder))
 
 PLANS: dict[type, tuple[Plan, Plan]] = {

@@ -14,12 +14,14 @@ from ..comm import Comm
 from ..config import ParallelConfig
 from ..errors import ConfigError, UnsupportedModel
 from ..exchange import Absent, Fresh
-from ..geometry import Levels
 from ..layers import Attached, Frame, FrameHolder, Layer
 from ..mesh import Mesh
 from ..metrics import Report, Tally
 from ..models.table import bind
+from ..planner.memory import Budget
 from .agreement import agree_on_input
+from .bands import Bands, run_half, whole
+from .budget import half_fit
 
 if TYPE_CHECKING:
     from ..models.vae import Half
@@ -38,6 +40,7 @@ class ParallelVAE:
         halves: encoder and decoder, of one VAE.
         config: the split dim; the rest is about denoising.
         comm: all ranks.
+        budget: the memory of a rank; None: no matter how much.
         timesteps: see `ParallelDenoiser`; another object is another picture.
 
     Raises:
@@ -46,7 +49,12 @@ class ParallelVAE:
     """
 
     def __init__(
-        self, halves: tuple[Half, ...], config: ParallelConfig, comm: Comm, timesteps: Callable[[], Any] = lambda: None
+        self,
+        halves: tuple[Half, ...],
+        config: ParallelConfig,
+        comm: Comm,
+        timesteps: Callable[[], Any] = lambda: None,
+        budget: Budget | None = None,
     ) -> None:
         self._config, self._comm = config, comm
         self._mesh = Mesh.fit(config, comm.world)
@@ -54,7 +62,7 @@ class ParallelVAE:
         self._mark: Any = None
         self.tally: dict[str, Tally] = {}  # of the present picture, by kind of call
         self.model: Any = halves[0].vae
-        self._halves = [_ParallelHalf(half, config, comm, self._record) for half in halves]
+        self._halves = [_ParallelHalf(half, config, comm, self._record, budget) for half in halves]
         self._attached = Attached()
         self._attach()
 
@@ -130,11 +138,13 @@ class _ParallelHalf(Layer):
         config: ParallelConfig,
         comm: Comm,
         record: Callable[[str, float, int, int], None],
+        budget: Budget | None,
     ) -> None:
         super().__init__(half.module, f"{half.kind}r", FrameHolder())
         self._half, self._comm, self._record = half, comm, record
         self._dim = 3 if config.split == "cols" else 2  # rows where a video's denoiser is split by frames
         self._layers = Attached()
+        self._budget, self._bands = budget, dict[Any, Bands | None]()  # by what is to fit
         self._forward = torch.compiler.disable(self._run)  # type: ignore[no-untyped-call]
 
     @property
@@ -178,26 +188,33 @@ class _ParallelHalf(Layer):
 
     def _whole(self, sample: Tensor, arguments: dict[str, Any]) -> Tensor:
         half, comm = self._half, self._comm
-        agree_on_input(comm, half.kind, sample, {"tiling": half.is_tiled})
         self._layers.follow(half.layers(self._holder))  # adapters and processors come and go
+        bands = None if half.is_tiled else self._planned(sample, arguments)
+        agree_on_input(comm, half.kind, sample, {"tiling": half.is_tiled, "bands": bands})
         if half.is_tiled:  # one patch, whatever the world
             frame = Frame(0, self._dim, half.levels(sample, 1, self._dim), Absent(0))
         else:
             frame = Frame(comm.rank, self._dim, half.levels(sample, comm.world, self._dim), Fresh(comm))
         self._holder.frame = frame
         frame.exchange.begin()
-        own: Tensor = type(self.module).forward(self.module, **arguments)
+        own = run_half(half, self._holder, frame, arguments, bands)
         frame.exchange.finish()
-        return own if half.is_tiled else self._gathered(own, frame.levels)
+        split = frame.levels.splits[half.level_out(frame.levels)]
+        return own if half.is_tiled else whole(own, split, own.ndim - 4 + self._dim, comm)
 
-    def _gathered(self, own: Tensor, levels: Levels) -> Tensor:
-        """All rows ``[B, C, (frames,) H, W]`` on every rank, in the dtype of the own ones."""
-        dim = own.ndim - 4 + self._dim
-        split = levels.splits[self._half.level_out(levels)]
-        shapes = [(*own.shape[:dim], rows, *own.shape[dim + 1 :]) for rows in split.sizes]
-        sizes = [torch.Size(shape).numel() for shape in shapes]
-        parts = self._comm.all_gather(own.reshape(-1), sizes, kind="output").wait()
-        return torch.cat([part.view(shape) for part, shape in zip(parts, shapes, strict=True)], dim)
+    def _planned(self, sample: Tensor, arguments: dict[str, Any]) -> Bands | None:
+        """In how many bands the call fits into the budget.
+
+        Raises:
+            ConfigError: in none.
+        """
+        if self._budget is None:
+            return None
+        key = sample.shape, sample.dtype, self._budget.room
+        if key not in self._bands:
+            levels = self._half.levels(sample, self._comm.world, self._dim)
+            self._bands[key], _ = half_fit(self._half, self._holder, levels, self._dim, arguments, self._budget)
+        return self._bands[key]
 
 
 class _NoGradient(torch.autograd.Function):

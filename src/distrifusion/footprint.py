@@ -1,0 +1,132 @@
+"""How much memory tensors take while a model runs, told by a run in which nothing is computed."""
+
+from __future__ import annotations
+
+import ctypes
+import weakref
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager, suppress
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves, tree_map_only
+
+T = TypeVar("T")
+
+
+class Rehearsal:
+    """A run without computing: tensors have shapes and dtypes, and claim their device, but no memory.
+
+    ``peak`` is the most bytes that tensors had which were made in it, and what kernels need beside them.
+    """
+
+    def __init__(self, mode: FakeTensorMode, known: Iterable[Tensor]) -> None:
+        self._mode = mode
+        self._footprint = _Footprint()
+        for tensor in known:
+            self._footprint.know(self.stand_in(tensor))
+
+    @property
+    def peak(self) -> int:
+        """Bytes."""
+        return self._footprint.peak
+
+    def stand_in(self, value: T) -> T:
+        """The same with a tensor without memory in the place of each tensor, which counts as there already."""
+
+        def replaced(tensor: Tensor) -> Tensor:
+            fake = tensor if isinstance(tensor, FakeTensor) else self._mode.from_tensor(tensor)
+            self._footprint.know(fake)
+            return fake
+
+        result: T = tree_map_only(Tensor, replaced, value)
+        return result
+
+    @contextmanager
+    def running(self) -> Iterator[None]:
+        """Within it, torch computes nothing, and the memory is counted."""
+        with self._mode, self._footprint, torch.no_grad():
+            yield
+
+
+def rehearsal(model: nn.Module) -> Rehearsal:
+    """A rehearsal of ``model``, whose weights count as there already. They may be `imagined`."""
+    weights = [*model.parameters(), *model.buffers()]
+    modes = [weight.fake_mode for weight in weights if isinstance(weight, FakeTensor)]
+    return Rehearsal(modes[0] if modes else FakeTensorMode(allow_non_fake_inputs=True), weights)
+
+
+def imagined(make: Callable[[], T]) -> T:
+    """A model that ``make`` builds, with weights that take no memory: for rehearsals alone."""
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        return make()
+
+
+def weight_bytes(*models: nn.Module) -> int:
+    """Bytes of the weights and buffers of ``models``, each once."""
+    tensors = {id(each): each for model in models for each in (*model.parameters(), *model.buffers())}
+    return sum(each.numel() * each.element_size() for each in tensors.values())
+
+
+class _Footprint(TorchDispatchMode):
+    """Counts the bytes behind tensors from their making to their end."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.peak = 0
+        self._live = 0
+        self._sizes: dict[int, int] = {}  # by storage
+        self._known: dict[int, Any] = {}  # storages that do not count, held so that no other gets their address
+
+    def know(self, tensor: Tensor) -> None:
+        storage = tensor.untyped_storage()
+        self._known[storage._cdata] = storage
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        """Torch's hook below every operation."""
+        result = func(*args, **(kwargs or {}))
+        made = [each for each in tree_leaves(result) if isinstance(each, Tensor)]
+        for tensor in made:
+            storage = tensor.untyped_storage()
+            place = storage._cdata
+            if place not in self._sizes and place not in self._known:
+                self._sizes[place] = storage.nbytes()
+                self._live += self._sizes[place]
+                weakref.finalize(storage, self._free, place)
+        self.peak = max(self.peak, self._live + _scratch(func, args, made))
+        return result
+
+    def _free(self, place: int) -> None:
+        self._live -= self._sizes.pop(place)
+
+
+def _scratch(func: Any, args: Any, made: list[Tensor]) -> int:
+    """What a kernel needs beside its result.
+
+    On a CPU oneDNN lays out the input of a convolution anew, and then its output, but for 1 x 1 in float32. On
+    accelerators the libraries choose by what is free.
+    """
+    if func is not torch.ops.aten.convolution.default or args[0].device.type != "cpu":
+        return 0
+    x, weight = args[:2]
+    is_matmul = weight.shape[2:].numel() == 1 and x.dtype == torch.float32
+    return 0 if is_matmul else max(each.numel() * each.element_size() for each in (x, made[0]))
+
+
+_MMAP_THRESHOLD, _TRIM_THRESHOLD = -3, -1  # of glibc's mallopt
+_BLOCK = 1 << 20
+
+
+def give_back_at_once() -> None:
+    """On a CPU, let the system have freed tensors of over a MiB back, in this process and from now on.
+
+    glibc keeps blocks of up to 32 MiB for itself, in pieces that fit nothing else: with activations of some 10 MiB a
+    process came to hold twice what its tensors took. Elsewhere nothing happens.
+    """
+    with suppress(OSError, AttributeError):
+        mallopt = ctypes.CDLL(None).mallopt
+        mallopt(_MMAP_THRESHOLD, _BLOCK)
+        mallopt(_TRIM_THRESHOLD, _BLOCK)

@@ -1,0 +1,187 @@
+"""In how many pieces a decode and a step fit into the memory that is given, told by rehearsals of them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from ..comm import Pending
+from ..comm.base import Done
+from ..exchange import Exchange
+from ..footprint import rehearsal
+from ..geometry import Halo, Levels, Split
+from ..layers import Frame, FrameHolder
+from ..planner.memory import Budget, Fit, fewest
+from .bands import BandedTail, Bands, banded_tail, run_half, whole
+
+if TYPE_CHECKING:
+    from ..models.vae import Half, Tail
+
+CHUNKS = tuple(2**n << 20 for n in range(6, -1, -1))  # bytes that a layer of a denoiser works on at a time: 64 to 1 MiB
+
+
+def half_fit(
+    half: Half, holder: FrameHolder, levels: Levels, dim: int, arguments: Mapping[str, Any], budget: Budget
+) -> tuple[Bands | None, Fit]:
+    """The least work with which an encode or decode fits into the budget: whole, or its tail in bands.
+
+    Of the patches the largest counts, so that all ranks come to the same.
+
+    Args:
+        half: what makes it.
+        holder: of its layers, which are attached.
+        levels: the split over all ranks.
+        dim: the split dim.
+        arguments: of its forward, the sample first.
+        budget: of each rank.
+
+    Raises:
+        ConfigError: the finest bands are too large, or the half is not known in bands; says what is needed.
+    """
+    trial = _Trial(half, holder, levels, dim, arguments)
+    part = f"VAE's {half.kind}"
+    plain = Fit(part, "whole", trial.peak(None))
+    tail = half.tail()
+    if plain.peak <= budget.room:
+        return None, plain
+    if tail is None:
+        raise budget.refusal(plain)
+    fits = [plain]
+    for most_twice in MOST_TWICE:
+        for first in _cuts(tail):
+            most = trial.most_bands(first, most_twice)
+            if most < 2:
+                continue
+            num, peak = fewest(lambda num, first=first: trial.peak(Bands(first, num)), budget.room, most)  # type: ignore[misc]
+            fit = Fit(part, trial.describe(first, num), peak)
+            if peak <= budget.room:
+                return Bands(first, num), fit
+            fits.append(fit)
+    raise budget.refusal(min(fits, key=lambda fit: fit.peak))
+
+
+MOST_TWICE = (1, 4)
+"""Rows around a band to those of it: with as few as possible if that will do, and no plan computes more."""
+
+PICTURES = 4
+"""Pictures of floats that a pipeline holds while it makes an image file's bytes of what was decoded."""
+
+
+def _cuts(tail: Tail) -> list[int]:
+    """Where bands may begin, last first: where the pictures are still small, before they are doubled."""
+    doubling = [i for i, module in enumerate(tail.modules) if "Upsample" in type(module).__name__]
+    return sorted({0, *doubling}, reverse=True)
+
+
+class _Trial:
+    """Rehearsals of one call of a VAE's half, on the rank with the largest patch."""
+
+    def __init__(
+        self, half: Half, holder: FrameHolder, levels: Levels, dim: int, arguments: Mapping[str, Any]
+    ) -> None:
+        self._half, self._holder, self._levels, self._dim = half, holder, levels, dim
+        self._arguments = arguments
+        self._patch = largest_patch(levels.splits[0])
+
+    def peak(self, bands: Bands | None) -> int:
+        """Bytes of the tensors that the rank has at a time, the result on all ranks included."""
+        half, trial, pretended = self._half, rehearsal(self._half.module), Pretended(self._patch)
+        arguments = trial.stand_in(dict(self._arguments))
+        frame = self._holder.frame = self._frame(pretended)
+        try:
+            with trial.running():
+                own = run_half(half, self._holder, frame, arguments, bands, pretended)
+                dim = own.ndim - 4 + self._dim
+                made = whole(own, self._levels.splits[half.level_out(self._levels)], dim, pretended)
+        finally:
+            self._holder.frame = None
+        return max(trial.peak, PICTURES * _bytes(made) if half.kind == "decode" else 0)
+
+    def most_bands(self, first: int, most_twice: int) -> int:
+        """The most bands from module ``first`` on with ``most_twice`` as many rows around a band as in it."""
+        around = max(self._tail(first).num_around(self._frame(Pretended(self._patch))), 1)
+        return min(most_twice * self._num_rows // around, self._num_rows)
+
+    def describe(self, first: int, num: int) -> str:
+        """What a person reads of a plan."""
+        name = {2: "rows", 3: "columns"}[self._dim]
+        passes = self._tail(first).num_passes
+        often = f", {passes} times over for its norms" if passes > 1 else ""
+        return f"in {num} bands of {-(-self._num_rows // num)} {name}{often}"
+
+    @property
+    def _num_rows(self) -> int:
+        return self._levels.splits[0].sizes[self._patch]
+
+    def _frame(self, exchange: Exchange) -> Frame:
+        return Frame(self._patch, self._dim, self._levels, exchange)
+
+    def _tail(self, first: int) -> BandedTail:
+        return banded_tail(self._half, self._holder, first)
+
+
+def largest_patch(split: Split) -> int:
+    """The patch with most rows, and of these one with neighbours on both sides."""
+    last = split.num_patches - 1
+    return max(range(split.num_patches), key=lambda patch: (split.sizes[patch], 0 < patch < last, patch))
+
+
+class Pretended:
+    """See Exchange, and the all-gather of Comm: as many bytes as `Fresh` has for what the peers would say, and nothing in
+    them. ``words`` counts the bytes that are sent and received.
+    """
+
+    kind = "sync"
+    sees_peers = True
+    is_slow = False
+
+    def __init__(self, patch: int) -> None:
+        self._patch = patch
+        self.words = 0
+
+    def begin(self) -> None:
+        """See Exchange."""
+
+    def neighbours(
+        self, key: str, patch: Tensor, plan: Halo, dim: int, kind: str = "halo"
+    ) -> Pending[Mapping[int, Tensor]]:
+        """See Exchange."""
+        rows = {peer: _resized(patch, dim, count) for peer, count in plan.recvs}
+        sent = sum(len(span) for _, spans in plan.sends for span in spans)
+        self.words += sum(map(_bytes, rows.values())) + _bytes(_resized(patch, dim, sent))
+        return Done(rows)
+
+    def gather(
+        self, key: str, own: Sequence[Tensor], sizes: Sequence[int], dim: int, kind: str = "context"
+    ) -> Pending[list[Sequence[Tensor]]]:
+        """See Exchange."""
+        widths = [part.shape[-1] for part in own]
+        packed = torch.cat(list(own), dim=-1) if len(own) > 1 else own[0].contiguous()
+        parts = [_resized(packed, dim, size) for size in sizes]
+        self.words += sum(map(_bytes, parts))
+        return Done([torch.split(part, widths, -1) for part in parts])
+
+    def moments(self, key: str, own: Tensor) -> Tensor:
+        """See Exchange."""
+        return own[1:].view(2, -1)
+
+    def finish(self) -> bool:
+        """See Exchange."""
+        return True
+
+    def all_gather(self, own: Tensor, sizes: Sequence[int], *, kind: str) -> Pending[list[Tensor]]:
+        """See Comm."""
+        return Done([own.new_empty(size) for size in sizes])
+
+
+def _resized(x: Tensor, dim: int, size: int) -> Tensor:
+    shape = list(x.shape)
+    shape[dim] = size
+    return x.new_empty(shape)
+
+
+def _bytes(x: Tensor) -> int:
+    return x.numel() * x.element_size()
