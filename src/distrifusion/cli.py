@@ -111,6 +111,10 @@ def generate(
     ] = None,
     negative_prompt: Annotated[str | None, typer.Option(help="What not to paint.")] = None,
     seed: Annotated[int, typer.Option(help="Of all noise.")] = 0,
+    max_memory: Annotated[
+        str | None,
+        typer.Option(help="Of each rank, such as 4GiB: work in as many pieces as that takes. The same picture."),
+    ] = None,
     dtype: Annotated[
         str | None, typer.Option(help="bf16, fp16 or fp32; without it fp32 on the CPU, else the checkpoint's own.")
     ] = None,
@@ -142,6 +146,7 @@ def generate(
         topology="ring-x" if panorama else "torus" if tile else "plane",
         shift=shift_choice(shift),
         overlap=overlap,
+        max_memory=max_memory,
     )
     from . import commands
 

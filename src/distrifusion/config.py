@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, fields
@@ -86,6 +87,9 @@ class ParallelConfig:
         latents: what a rank of ``shifted`` knows between steps: ``"rows"`` of its own, so that only those that enter
             its patch travel; a callback that looks at the latents must then look on every rank. ``"whole"`` sends all
             predictions to all ranks, as the other strategies do. The same picture.
+        max_memory: bytes that each rank may hold, or a size such as ``"4GiB"``: a decode then runs in bands of rows, and a
+            step in pieces within its layers, as far as needed; the same result. What cannot fit is refused. None: no
+            matter how much. On one device too. See docs/memory.md.
 
     Raises:
         ConfigError: a value that is not one of these, printed with what would be right.
@@ -107,6 +111,7 @@ class ParallelConfig:
     overlap: int = 0
     latents: Latents = "rows"
     pipe: int | None = None
+    max_memory: int | str | None = None
 
     def __post_init__(self) -> None:
         _one_of("strategy", self.strategy, get_args(StrategyName))
@@ -147,6 +152,12 @@ class ParallelConfig:
                     f"{name}={getattr(self, name)!r} does nothing under strategy={self.strategy!r}, which {why}; "
                     "leave it out"
                 )
+        object.__setattr__(self, "max_memory", _size("max_memory", self.max_memory))
+        if self.max_memory is not None and self.strategy not in _PATCHED:
+            raise ConfigError(
+                f"max_memory={self.max_memory} is known for patches and for one device, not for "
+                f"strategy={self.strategy!r}"
+            )
         _one_of("topology", self.topology, get_args(Topology))
         _one_of("latents", self.latents, get_args(Latents))
         if self.topology != "plane" and self.strategy == "pipelined":
@@ -206,9 +217,12 @@ class ParallelConfig:
         if self.strategy == "pipelined":
             facts = [f"strategy=pipelined cfg={self.cfg} pipe={self.pipe or 'all'} warmup_steps={self.warmup_steps}"]
         shared = [f"text_encoders={self.text_encoders}"] if self.text_encoders != "once" else []
+        shared += [f"max_memory={self.max_memory}"] if self.max_memory is not None else []
         return " ".join(facts + self.extras + shared)
 
 
+_PATCHED = ("sync", "displaced", "naive", "shifted")
+_SIZE = re.compile(r"(\d+(?:\.\d+)?)(KiB|MiB|GiB|TiB)", re.ASCII)
 _OF_SHIFTED = ("shift", "shift_seed", "overlap", "latents")
 _EXTRAS = ("codec", "context_window", "balance", "topology", "shift_seed", "overlap", "latents")
 
@@ -272,6 +286,21 @@ def _balance_text(balance: Any) -> str | None:
             "such as (2, 1, 1) or '2,1,1'"
         )
     return ",".join(repr(weight).removesuffix(".0") for weight in weights)
+
+
+def _size(name: str, value: Any) -> int | None:
+    """``value`` in bytes."""
+    if isinstance(value, str) and value.isascii() and value.isdigit():
+        value = int(value)
+    if value is None or (isinstance(value, int) and not isinstance(value, bool) and value > 0):
+        return value
+    found = _SIZE.fullmatch(value) if isinstance(value, str) else None
+    num_bytes = int(float(found[1]) * 1024 ** ("KiB", "MiB", "GiB", "TiB").index(found[2]) * 1024) if found else 0
+    if num_bytes < 1:
+        raise ConfigError(
+            f"{name}={value!r} must be a positive number of bytes, or a size in KiB, MiB, GiB or TiB such as '4GiB'"
+        )
+    return num_bytes
 
 
 def _quoted(names: tuple[str, ...]) -> str:

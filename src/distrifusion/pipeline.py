@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import threading
 import weakref
 from collections.abc import Callable
 from typing import Any, TypeVar
@@ -14,9 +13,11 @@ from torch import nn
 from .comm import Comm, alone
 from .config import ParallelConfig
 from .errors import ConfigError, UnsupportedModel
+from .footprint import give_back_at_once, weight_bytes
 from .mesh import Mesh
 from .metrics import Report
-from .models import controlnet_table, is_known, table_for, vae_halves, wrapping_layers
+from .models import controlnet_table, is_known, known_ends, table_for, vae_halves
+from .planner.memory import LIBRARIES, Budget
 from .strategies.agreement import agree
 from .strategies.balance import Balance
 from .strategies.condition import SharedCondition
@@ -24,14 +25,11 @@ from .strategies.denoiser import ParallelDenoiser
 from .strategies.encoders import SharedEncoder
 from .strategies.guidance import Guidance
 from .strategies.vae import ParallelVAE
-from .strategies.wrapped import Wrapped
 
 T = TypeVar("T")
 
 DENOISERS = ("unet", "transformer", "transformer_2")
 """Components of a pipeline that predict the noise."""
-
-_WRAPPING = threading.Lock()  # ranks that are threads may share a VAE whose pictures' ends meet
 
 _MARK = "_distrifusion"  # the attribute of a model that is parallel
 _SHARED = "_distrifusion_shared"  # and of a text encoder that one rank runs for all
@@ -50,7 +48,7 @@ def parallelize(target: T, config: ParallelConfig | None = None, comm: Comm | No
             (LOCAL_RANK picks the device; NCCL on CUDA, Gloo on CPU), else a world of one.
 
     Returns:
-        The same object. A world of one changes nothing, but for a ``topology`` whose ends meet.
+        The same object. A world of one changes nothing, but for a ``topology`` whose ends meet, and ``max_memory``.
 
     Raises:
         ConfigError: the world does not fit the configuration, or the target is parallel already.
@@ -66,7 +64,7 @@ def parallelize(target: T, config: ParallelConfig | None = None, comm: Comm | No
         comm = _comm_from_environment(target, models or [vae])
     if comm is None or comm.world == 1:
         Mesh.fit(config, 1)
-        if config.topology == "plane":
+        if config.topology == "plane" and config.max_memory is None:
             return target
         comm = comm if comm is not None else alone(next((models or [vae])[0].parameters()).device)
     if config.topology != "plane":
@@ -75,12 +73,10 @@ def parallelize(target: T, config: ParallelConfig | None = None, comm: Comm | No
     mesh = Mesh.fit(config, comm.world)
     guidance = Guidance(mesh, comm)
     timesteps = _timesteps_of(target)
+    budget = _budget(target, models or [vae], config, comm)
     is_shared = hasattr(vae, _MARK)
     try:
-        if config.topology == "plane":
-            whole = _spread_vae(vae, config, comm, timesteps, is_target=not models)
-        else:
-            whole = _wrap(vae, config, comm)
+        whole = _spread_vae(vae, config, comm, timesteps, budget, is_target=not models)
         agree(comm, {"VAE": "; ".join(whole) or "parallel"})  # or a rank with offload would leave the others to wait
         for model in models:
             nets = [] if model is target else _controlnets(target)
@@ -98,7 +94,7 @@ def parallelize(target: T, config: ParallelConfig | None = None, comm: Comm | No
                 feeders.append(ParallelDenoiser(table, config, comm, timesteps, **shared))
                 setattr(table.model, _MARK, feeders[-1])
             own = table_for(model)
-            shared |= {"wrapper": _compiled_wrapper(target, model), "conditions": conditions}
+            shared |= {"wrapper": _compiled_wrapper(target, model), "conditions": conditions, "budget": budget}
             parallel = ParallelDenoiser(own, config, comm, timesteps, feeders=feeders, notes=notes, **shared)
             setattr(model, _MARK, parallel)
     except Exception:
@@ -142,37 +138,38 @@ def _check_ends(target: Any, config: ParallelConfig) -> None:
             )
 
 
-def _wrap(vae: Any, config: ParallelConfig, comm: Comm) -> list[str]:
-    """Let the ends of the VAE's pictures meet, unless a pipeline that shares it has done that already.
-
-    Returns what the report is to say: it runs whole on every rank.
+def _budget(target: Any, models: list[Any], config: ParallelConfig, comm: Comm) -> Budget | None:
+    """The memory of a rank, where it is given.
 
     Raises:
-        ConfigError: that one has asked for another topology.
-        UnsupportedModel: a VAE that is not known.
+        ConfigError: it does not hold the weights.
     """
-    if vae is None:
-        return []
-    with _WRAPPING:
-        before = getattr(vae, _MARK, None)
-        if before is None:
-            setattr(vae, _MARK, Wrapped(vae, wrapping_layers(vae, config.rings), config.topology))
-        elif (other := getattr(before, "topology", "plane")) != config.topology:
-            raise ConfigError(
-                f"this {type(vae).__name__} has topology={other!r} already, in a pipeline that shares it, "
-                f"and is to have {config.topology!r}; call df.restore on that first"
-            )
-    return [f"{type(vae).__name__} runs whole on every rank, where the picture's ends meet"] if comm.world > 1 else []
+    if config.max_memory is None:
+        return None
+    assert isinstance(config.max_memory, int)
+    parts = list(target.components.values()) if isinstance(target, DiffusionPipeline) else models
+    is_cpu = comm.device.type == "cpu"
+    if is_cpu:
+        give_back_at_once()
+    weights = weight_bytes(*(part for part in parts if isinstance(part, nn.Module)))
+    budget = Budget(config.max_memory, weights, LIBRARIES if is_cpu else 0)
+    budget.check_weights()
+    return budget
 
 
 def _spread_vae(
-    vae: Any, config: ParallelConfig, comm: Comm, timesteps: Callable[[], Any], is_target: bool
+    vae: Any,
+    config: ParallelConfig,
+    comm: Comm,
+    timesteps: Callable[[], Any],
+    budget: Budget | None,
+    is_target: bool,
 ) -> list[str]:
     """Make ``vae`` parallel, if there is one; what the report is to say where it is not.
 
     Raises:
         ConfigError: the world does not fit, or it is parallel already, other than by a pipeline that shares it.
-        UnsupportedModel: it is the target, and cannot be parallel.
+        UnsupportedModel: it is the target, and cannot be parallel; or its pictures have ends that cannot meet.
     """
     if vae is None:
         return []
@@ -181,6 +178,11 @@ def _spread_vae(
     if before is not None:
         if is_target:
             raise ConfigError(f"this {name} is parallel already; call df.restore first")
+        if before.topology != config.topology:
+            raise ConfigError(
+                f"this {name} has topology={before.topology!r} already, in a pipeline that shares it, "
+                f"and is to have {config.topology!r}; call df.restore on that first"
+            )
         if before.place != (comm.rank, comm.world):
             raise ConfigError(
                 f"this {name} is parallel already, as rank {before.place[0]} of {before.place[1]}, and this is rank "
@@ -188,12 +190,15 @@ def _spread_vae(
             )
         return []
     halves = vae_halves(vae)
+    needs_it = is_target or config.topology != "plane"
+    if config.topology != "plane" and name not in known_ends():
+        raise UnsupportedModel(f"{name} makes no picture whose ends meet; known are {', '.join(known_ends())}")
     if halves is None:
         return [f"{name} runs whole on every rank"]
     try:
-        setattr(vae, _MARK, ParallelVAE(halves, config, comm, timesteps))
+        setattr(vae, _MARK, ParallelVAE(halves, config, comm, timesteps, budget))
     except UnsupportedModel as why:
-        if is_target:
+        if needs_it:
             raise
         return [f"{name} runs whole on every rank: {why}"]
     return []
@@ -214,8 +219,7 @@ def restore(target: T) -> T:
         if shared is not None:
             shared.detach()
             delattr(encoder, _SHARED)
-    with _WRAPPING:
-        _take_back(_vae(target))
+    _take_back(_vae(target))
     return target
 
 
@@ -241,7 +245,7 @@ def report(target: Any) -> Report:
     Of a pipeline with two denoisers, such as Wan 2.2's: the steps of the first and then of the second.
     """
     denoisers, own = _denoisers(target), getattr(_vae(target), _MARK, None)
-    vae = own if isinstance(own, ParallelVAE) else None
+    vae: ParallelVAE | None = own
     parallels = [getattr(model, _MARK) for model in denoisers if hasattr(model, _MARK)]
     if parallels:
         mark = _timesteps_of(target)()
@@ -251,6 +255,8 @@ def report(target: Any) -> Report:
         found = vae.report if vae is not None and not denoisers else Report("none", str(Mesh((1, 1, 1))))
     if vae is not None:
         found.vae = dict(vae.tally)
+    budgets = [each.budget for each in (*parallels, vae) if each is not None and each.budget is not None]
+    found.notes += budgets[0].lines if budgets else []
     return found
 
 

@@ -70,15 +70,15 @@ class Nearest:
 class Chain:
     """Several layers, one after the other, as one: what the first reads so that the last can make its rows.
 
-    ``readers`` are theirs, in order; ``size`` the rows of input beyond which there is nothing to read (None: the ends
-    meet, so there always is).
+    ``readers`` are theirs, in order. With ``size``, the rows of input, it reads none beyond the picture, where each
+    layer has zeros of its own.
     """
 
     readers: tuple[Reader, ...]
-    size: int | None
+    size: int | None = None
 
     def reads(self, out: Span) -> Span:
-        """See Reader. Never beyond the picture: each layer has its own zeros there."""
+        """See Reader."""
         for reader in reversed(self.readers):
             out = reader.reads(out)
         return out if self.size is None else out & Span(0, self.size)

@@ -5,6 +5,7 @@ from .attached import Attached
 from .attention import PatchAttention
 from .base import Band, Frame, FrameHolder, Layer
 from .causal import PatchCausalConv, PatchRegroup
+from .chunks import PatchFeedForward
 from .conv import PatchConv
 from .linear_attention import PatchLinearAttention
 from .norm import PatchGroupNorm
@@ -27,6 +28,7 @@ __all__ = [
     "PatchDownsample",
     "PatchEntry",
     "PatchExit",
+    "PatchFeedForward",
     "PatchFrameAttention",
     "PatchGroupNorm",
     "PatchInterpolate",

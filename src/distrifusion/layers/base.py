@@ -48,6 +48,7 @@ class Frame:
     context_window: float | None = None  # see ParallelConfig: which keys a patch's queries see
     sees_peers: bool = field(init=False)  # of the exchange: whether anything of the peers is known
     memory: dict[str, Any] = field(default_factory=dict)  # what layers keep, by name, in this picture and branch
+    chunk: int | None = None  # bytes that a layer works on at a time where it can; None: on all of its patch
     band: Band | None = None  # where the patch is one of several that a rank computes one after the other
 
     def __post_init__(self) -> None:

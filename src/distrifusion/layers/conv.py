@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -12,8 +13,7 @@ from torch import Tensor, nn
 from ..errors import UnsupportedModel
 from ..geometry import Reader, Span, Split, Window
 from .base import Frame, FrameHolder, HaloLayer, rows_of
-
-Pads = tuple[int, int]
+from .chunks import Pads, convolved
 
 
 def windows(module: Any, extra: Pads = (0, 0), name: str = "") -> tuple[Window, Window]:
@@ -106,7 +106,11 @@ class PatchConv(HaloLayer):
         return self._apply(*padded(rows, pads, rings))
 
     def _apply(self, rows: Tensor, padding: Pads) -> Tensor:
-        return apply(self.module, rows, padding)
+        frame = self.frame
+        if frame.chunk is None or torch.compiler.is_compiling() or not rows.numel():
+            return apply(self.module, rows, padding)
+        along = self.windows[frame.dim - 2]
+        return convolved(functools.partial(apply, self.module), rows, padding, along, frame.dim, frame.chunk)
 
 
 def rows_read(layer: HaloLayer, frame: Frame, x: Tensor, *, reads_whole: bool) -> Tensor:

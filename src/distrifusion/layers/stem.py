@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import ConfigError, UnsupportedModel
-from ..geometry import Span, Window
+from ..geometry import Chain, Span, Window
 from .base import FrameHolder, Layer, rows_of
 
 
@@ -48,7 +48,7 @@ class PatchStem(Layer):
         self._check(out_size(along, x.shape[dim]), out_size(across, x.shape[5 - dim]))
         margin, stride = 0, prod(window.stride for window in across)
         if frame.levels.is_ring_across:
-            need = reads(across, Span(0, 1))
+            need = Chain(tuple(across)).reads(Span(0, 1))
             margin = max(-(need.start // stride), -(-need.stop // stride) - 1) * stride
             size = x.shape[5 - dim]
             x = rows_of(x, Span(-margin, size + margin), 5 - dim)
@@ -59,7 +59,7 @@ class PatchStem(Layer):
     def _rows(self, x: Tensor, along: Sequence[Window], run: Span) -> Tensor:
         """Rows ``run`` of the module's output for the whole picture ``x``."""
         dim, size, stride = self.frame.dim, x.shape[self.frame.dim], prod(window.stride for window in along)
-        needed = reads(along, run)
+        needed = Chain(tuple(along)).reads(run)
         # On a multiple of the stride, the rows of the slice stay those of the picture through all of the stack; the
         # zeros around the slice reach no row that is needed.
         first, last = needed.start // stride * stride, -(-needed.stop // stride) * stride
@@ -80,13 +80,6 @@ class PatchStem(Layer):
                 f"{self.key} makes {made} of its picture and the latent is {latent}: give a picture of the size of the "
                 "result"
             )
-
-
-def reads(windows: Sequence[Window], out: Span) -> Span:
-    """The input rows behind output rows ``out`` of a stack; may reach beyond the picture."""
-    for window in reversed(windows):
-        out = window.reads(out)
-    return out
 
 
 def out_size(windows: Sequence[Window], size: int) -> int:

@@ -18,12 +18,13 @@ __all__ = [
     "Half",
     "Table",
     "controlnet_table",
+    "feed_forwards",
     "is_known",
+    "known_ends",
     "stage_layers",
     "supported",
     "table_for",
     "vae_halves",
-    "wrapping_layers",
 ]
 
 
@@ -64,11 +65,18 @@ def controlnet_table(controlnet: Any, unet: Any) -> Table | None:
     return ControlNetTable(controlnet) if fits(controlnet, unet) else None
 
 
-def wrapping_layers(vae: Any, rings: tuple[bool, bool]) -> Iterator[Layer]:
-    """What makes the ends of a VAE's pictures meet, along rows and columns; see `wrap`."""
-    from .wrap import wrapping_layers
+def known_ends() -> list[str]:
+    """Classes of VAEs that make pictures whose ends meet."""
+    from .vae import PICTURES, PLANS
 
-    return wrapping_layers(vae, rings)
+    return [each.__name__ for each in PLANS if each in PICTURES]
+
+
+def feed_forwards(model: Any, holder: FrameHolder) -> Iterator[Layer]:
+    """Layers that can work on a part of their tokens at a time; not attached."""
+    from .blocks import feed_forwards
+
+    return feed_forwards(model, holder)
 
 
 def stage_layers(model: Any, num_stages: int, holder: FrameHolder) -> Iterator[Layer]:

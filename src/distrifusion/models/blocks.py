@@ -25,6 +25,7 @@ from ..layers import (
     PatchAttention,
     PatchConv,
     PatchDownsample,
+    PatchFeedForward,
     PatchGroupNorm,
     PatchPrompt,
     PatchSiLU,
@@ -308,3 +309,10 @@ class Fingerprint:
 def pads_after(down: Any) -> tuple[int, int]:
     """Zeros that a Downsample2D pads before and after, beside its convolution's own."""
     return (0, 1) if getattr(down, "use_conv", False) and down.padding == 0 else (0, 0)
+
+
+def feed_forwards(model: nn.Module, holder: FrameHolder) -> Iterator[Layer]:
+    """Layers of ``model`` whose temporaries are several times as large as what they make; not attached."""
+    for name, module in model.named_modules():
+        if type(module) is FeedForward:
+            yield PatchFeedForward(module, name, holder)

@@ -338,3 +338,6 @@ PLANS: dict[type, tuple[Plan, Plan]] = {
     AutoencoderKLWan: _VIDEO,
 }
 """The classes that are known: plans of encoder and decoder."""
+
+PICTURES: tuple[type, ...] = (AutoencoderKL, AutoencoderKLFlux2, AutoencoderTiny)
+"""Those that know no frames: the ends of their pictures may meet."""

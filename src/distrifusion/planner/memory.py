@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
 from ..errors import ConfigError
@@ -35,18 +35,24 @@ class Budget:
         limit: bytes that it may hold.
         weights: bytes of the weights.
         libraries: bytes that the process holds at rest, where the limit is about these too.
-        kept: bytes that stay from step to step, such as late messages.
+        kept: bytes that stay from step to step: late messages.
+        fits: by part, what was found to fit.
     """
 
     limit: int
     weights: int
     libraries: int = 0
-    kept: int = field(default=0, compare=False)
+    kept: int = 0
+    fits: dict[str, Fit] = field(default_factory=dict)
 
     @property
     def room(self) -> int:
         """Bytes for tensors that come and go."""
-        return int((self.limit - self.held) / (1 + SLACK))
+        return self.room_beside(self.kept)
+
+    def room_beside(self, kept: int) -> int:
+        """The same, where ``kept`` bytes stay from step to step."""
+        return int((self.limit - self.libraries - self.weights - kept) / (1 + SLACK))
 
     @property
     def held(self) -> int:
@@ -57,10 +63,21 @@ class Budget:
         """Bytes of the rank while a part of the work with this ``peak`` runs."""
         return self.held + int((1 + SLACK) * peak)
 
-    def line(self, fits: Sequence[Fit]) -> str:
+    def accept(self, fit: Fit) -> None:
+        """Note how a part of the work will run.
+
+        Raises:
+            ConfigError: it needs more than there is.
+        """
+        if fit.peak > self.room:
+            raise self._refusal(fit)
+        self.fits[fit.part] = fit
+
+    @property
+    def lines(self) -> list[str]:
         """The plan, for a person."""
-        parts = [f"{fit.part} {fit.how}: {human_bytes(self.total(fit.peak))}" for fit in fits]
-        return f"memory per rank {human_bytes(self.limit)} given | {self._held()} | " + " | ".join(parts)
+        parts = [f"{fit.part} {fit.how}: {human_bytes(self.total(fit.peak))}" for fit in self.fits.values()]
+        return [f"memory per rank: {human_bytes(self.limit)} given, {self._held()}", *parts]
 
     def check_weights(self) -> None:
         """Whether there is room for anything at all.
@@ -74,7 +91,7 @@ class Budget:
                 f"{human_bytes(self.held)} in all"
             )
 
-    def refusal(self, fit: Fit) -> ConfigError:
+    def _refusal(self, fit: Fit) -> ConfigError:
         """What is raised where ``fit`` is the least that is possible, and too much."""
         return ConfigError(
             f"max_memory={human_bytes(self.limit)} is too little for the {fit.part}, which needs at least "

@@ -131,7 +131,7 @@ class BandedTail:
         """Rows of the picture that are computed for a band beyond its own."""
         unit = 1 << self._level
         row = frame.split(0).size // 2 // unit * unit
-        reads = Chain(self.reader(frame).readers, None).reads(Span(row, row + unit))
+        reads = Chain(self.reader(frame).readers).reads(Span(row, row + unit))
         return (len(reads) << self._level) - unit
 
     def run(self, x: Tensor, frame: Frame, num: int) -> Tensor:

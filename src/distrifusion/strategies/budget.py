@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -13,7 +14,9 @@ from ..comm.base import Done
 from ..exchange import Exchange
 from ..footprint import rehearsal
 from ..geometry import Halo, Levels, Split
-from ..layers import Frame, FrameHolder
+from ..layers import Frame, FrameHolder, Layer
+from ..metrics import human_bytes
+from ..models import Call, Table, feed_forwards
 from ..planner.memory import Budget, Fit, fewest
 from .bands import BandedTail, Bands, banded_tail, run_half, whole
 
@@ -28,7 +31,7 @@ def half_fit(
 ) -> tuple[Bands | None, Fit]:
     """The least work with which an encode or decode fits into the budget: whole, or its tail in bands.
 
-    Of the patches the largest counts, so that all ranks come to the same.
+    Where nothing fits, or the half is not known in bands, what comes nearest: `Budget.accept` refuses that. Of the patches the largest counts, so that all ranks come to the same.
 
     Args:
         half: what makes it.
@@ -37,18 +40,13 @@ def half_fit(
         dim: the split dim.
         arguments: of its forward, the sample first.
         budget: of each rank.
-
-    Raises:
-        ConfigError: the finest bands are too large, or the half is not known in bands; says what is needed.
     """
     trial = _Trial(half, holder, levels, dim, arguments)
     part = f"VAE's {half.kind}"
     plain = Fit(part, "whole", trial.peak(None))
     tail = half.tail()
-    if plain.peak <= budget.room:
+    if plain.peak <= budget.room or tail is None:
         return None, plain
-    if tail is None:
-        raise budget.refusal(plain)
     fits = [plain]
     for most_twice in MOST_TWICE:
         for first in _cuts(tail):
@@ -60,7 +58,7 @@ def half_fit(
             if peak <= budget.room:
                 return Bands(first, num), fit
             fits.append(fit)
-    raise budget.refusal(min(fits, key=lambda fit: fit.peak))
+    return None, min(fits, key=lambda fit: fit.peak)
 
 
 MOST_TWICE = (1, 4)
@@ -88,7 +86,7 @@ class _Trial:
 
     def peak(self, bands: Bands | None) -> int:
         """Bytes of the tensors that the rank has at a time, the result on all ranks included."""
-        half, trial, pretended = self._half, rehearsal(self._half.module), Pretended(self._patch)
+        half, trial, pretended = self._half, rehearsal(self._half.module), Pretended()
         arguments = trial.stand_in(dict(self._arguments))
         frame = self._holder.frame = self._frame(pretended)
         try:
@@ -102,7 +100,7 @@ class _Trial:
 
     def most_bands(self, first: int, most_twice: int) -> int:
         """The most bands from module ``first`` on with ``most_twice`` as many rows around a band as in it."""
-        around = max(self._tail(first).num_around(self._frame(Pretended(self._patch))), 1)
+        around = max(self._tail(first).num_around(self._frame(Pretended())), 1)
         return min(most_twice * self._num_rows // around, self._num_rows)
 
     def describe(self, first: int, num: int) -> str:
@@ -129,6 +127,62 @@ def largest_patch(split: Split) -> int:
     return max(range(split.num_patches), key=lambda patch: (split.sizes[patch], 0 < patch < last, patch))
 
 
+class StepTrial:
+    """Rehearsals of one call of a denoiser, whose layers are attached.
+
+    Args:
+        table: of the model.
+        holder: of its layers.
+        call: with the batch that the rank has.
+        frame: of the rank, but for the exchange and the chunk, which are the trial's.
+        fed: see `Table.localise`.
+    """
+
+    def __init__(self, table: Table, holder: FrameHolder, call: Call, frame: Frame, *, fed: bool = False) -> None:
+        self._table, self._holder, self._call, self._frame, self._fed = table, holder, call, frame, fed
+
+    def fit(self, budget: Budget, *, keeps: bool) -> tuple[int | None, Fit, int]:
+        """How much its layers may work on at a time, for the least work; and the bytes of all messages.
+
+        ``keeps``: the messages of a step stay until the next one. Where nothing fits, what comes nearest.
+        """
+        whole_step, words = self.peak(None)
+        kept = words if keeps else 0
+        room = budget.room_beside(kept)
+        if whole_step <= room:
+            return None, Fit("denoiser", "whole", whole_step), kept
+        num, peak = fewest(lambda num: self.peak(CHUNKS[num - 1])[0], room, len(CHUNKS), least=1)
+        chunk = CHUNKS[num - 1]
+        return chunk, Fit("denoiser", f"in pieces of {human_bytes(chunk)} within its layers", peak), kept
+
+    def peak(self, chunk: int | None) -> tuple[int, int]:
+        """Bytes of the tensors that the rank has at a time, and of the messages that it sends and receives."""
+        table, trial, pretended = self._table, rehearsal(self._table.model), Pretended()
+        call = self._call.having(**trial.stand_in(dict(self._call.arguments)))
+        frame = replace(self._frame, exchange=pretended, chunk=chunk, memory={})
+        is_cut = frame.levels.splits[0].num_patches > 1
+        self._holder.frame = frame
+        try:
+            with trial.running():
+                own = table.localise(call, frame, fed=self._fed) if is_cut else call
+                result = type(table.model).forward(table.model, **own.arguments)
+                result = table.finish(result, frame) if is_cut else result
+                whole(table.fold(result[0], own, frame), frame.levels.splits[0], frame.dim, pretended)
+        finally:
+            self._holder.frame = None
+        return trial.peak, pretended.words
+
+
+def patch_layers(table: Table, holder: FrameHolder, *, is_cut: bool, has_budget: bool) -> Iterator[Layer]:
+    """The layers of a denoiser for what is asked of it, not attached: of one that is not cut, those that see edges.
+
+    With a budget they can work on pieces.
+    """
+    if has_budget:
+        yield from feed_forwards(table.model, holder)
+    yield from (layer for layer in table.layers(holder) if is_cut or layer.sees_edges)
+
+
 class Pretended:
     """See Exchange, and the all-gather of Comm: as many bytes as `Fresh` has for what the peers would say, and nothing in
     them. ``words`` counts the bytes that are sent and received.
@@ -138,8 +192,7 @@ class Pretended:
     sees_peers = True
     is_slow = False
 
-    def __init__(self, patch: int) -> None:
-        self._patch = patch
+    def __init__(self) -> None:
         self.words = 0
 
     def begin(self) -> None:

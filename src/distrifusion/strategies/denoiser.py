@@ -22,10 +22,12 @@ from ..layers.base import put_rows
 from ..mesh import Mesh
 from ..metrics import Report
 from ..models import Call, Table, stage_layers
+from ..planner.memory import Budget
 from . import strategy_for
 from .agreement import check_call, check_latents, probe
 from .balance import Balance
 from .base import State
+from .budget import Pretended, StepTrial, largest_patch, patch_layers
 from .compiling import Compiling
 from .condition import SharedCondition
 from .guidance import Guidance, Halves
@@ -55,6 +57,7 @@ class ParallelDenoiser:
         conditions: of models that run whole on every rank, which are attached and detached with it.
         notes: what the report is to say beside the numbers.
         wrapper: see `Compiling`.
+        budget: the memory of a rank; None: no matter how much.
 
     Raises:
         ConfigError: the world does not fit the configuration.
@@ -74,6 +77,7 @@ class ParallelDenoiser:
         conditions: Sequence[SharedCondition] = (),
         notes: Sequence[str] = (),
         wrapper: Any = None,
+        budget: Budget | None = None,
     ) -> None:
         if config.context_window is not None and not table.has_window:
             raise UnsupportedModel(
@@ -97,6 +101,8 @@ class ParallelDenoiser:
         self._feeders = tuple(feeders)
         self._conditions = tuple(conditions)
         self._notes = list(notes)
+        self.budget = budget
+        self._chunk: int | None = None  # see Frame
         self._cost = Cost()  # of a feeder, until it is asked for
         self._strategy = strategy_for(config, self._guidance.patches)
         self._holder = FrameHolder()
@@ -228,6 +234,8 @@ class ParallelDenoiser:
         if not state.is_checked:
             check_call(self._comm, call, self._config, conditioning)
             self._attach_layers()
+            if self.budget is not None and self._table.gathers:
+                self._fit(call, state, self.budget)
             state.is_checked = True
         state.num_calls += 1
         if not self._table.gathers:
@@ -311,7 +319,26 @@ class ParallelDenoiser:
         patch, levels = place, picture
         if self._moved is not None:
             patch, levels = 0, picture.alone(self._moved.window(place))
-        return Frame(patch, self._dim, levels, exchange, third, num_guests, context_window=window, memory=memory)
+        return Frame(
+            patch, self._dim, levels, exchange, third, num_guests, None, window, memory=memory, chunk=self._chunk
+        )
+
+    def _fit(self, call: Call, state: State, budget: Budget) -> None:
+        """Find out how much a layer may work on at a time. Blocks.
+
+        Raises:
+            ConfigError: the model takes too much memory on some rank, however little that is; on every rank.
+        """
+        picture, fed = self._levels(call), any(feeder._cost.num_calls for feeder in self._feeders)
+        self._moved = None
+        frame = self._frame(call, picture, Pretended(), {})
+        # What feeders have left is this rank's.
+        frame.patch = self._mesh.coordinate(self._comm.rank, "patch") if fed else largest_patch(picture.splits[0])
+        trial = StepTrial(self._table, self._holder, self._own_batch(call), frame, fed=fed)
+        self._chunk, fit, words = trial.fit(budget, keeps=self._config.strategy == "displaced")
+        peaks = self._comm.all_gather_object((fit.peak, words))
+        budget.kept = max(words for _, words in peaks) * self._pictures.place(state)[1]
+        budget.accept(replace(fit, peak=max(peak for peak, _ in peaks)))
 
     def _moves(self, call: Call, state: State, split: Split, is_fed: bool) -> Moved | None:
         """Where the patches of this step lie, if each stands alone.
@@ -384,11 +411,9 @@ class ParallelDenoiser:
         if num_stages > 1:
             self._layers.follow(stage_layers(self.model, num_stages, self._holder))
             return
-        is_cut = self._mesh.size("patch") > 1
-        if not is_cut and not any(self._config.rings):
-            return
-        layers = self._table.layers(self._holder)
-        self._layers.follow(layer for layer in layers if is_cut or layer.sees_edges)
+        is_cut, has_budget = self._mesh.size("patch") > 1, self.budget is not None
+        if is_cut or has_budget or any(self._config.rings):
+            self._layers.follow(patch_layers(self._table, self._holder, is_cut=is_cut, has_budget=has_budget))
 
     def _new_sharing(self) -> Sharing | None:
         """How latents stay in rows between the steps of a picture whose last step will be known."""

@@ -14,11 +14,12 @@ from ..comm import Comm
 from ..config import ParallelConfig
 from ..errors import ConfigError, UnsupportedModel
 from ..exchange import Absent, Fresh
+from ..geometry import Levels
 from ..layers import Attached, Frame, FrameHolder, Layer
 from ..mesh import Mesh
 from ..metrics import Report, Tally
 from ..models.table import bind
-from ..planner.memory import Budget
+from ..planner.memory import Budget, Fit
 from .agreement import agree_on_input
 from .bands import Bands, run_half, whole
 from .budget import half_fit
@@ -60,6 +61,8 @@ class ParallelVAE:
         self._mesh = Mesh.fit(config, comm.world)
         self._timesteps = timesteps
         self._mark: Any = None
+        self.budget = budget
+        self.topology = config.topology
         self.tally: dict[str, Tally] = {}  # of the present picture, by kind of call
         self.model: Any = halves[0].vae
         self._halves = [_ParallelHalf(half, config, comm, self._record, budget) for half in halves]
@@ -143,8 +146,9 @@ class _ParallelHalf(Layer):
         super().__init__(half.module, f"{half.kind}r", FrameHolder())
         self._half, self._comm, self._record = half, comm, record
         self._dim = 3 if config.split == "cols" else 2  # rows where a video's denoiser is split by frames
+        self._rings = config.rings
         self._layers = Attached()
-        self._budget, self._bands = budget, dict[Any, Bands | None]()  # by what is to fit
+        self._budget, self._fits = budget, dict[Any, tuple[Bands | None, Fit]]()  # by what is to fit
         self._forward = torch.compiler.disable(self._run)  # type: ignore[no-untyped-call]
 
     @property
@@ -188,19 +192,28 @@ class _ParallelHalf(Layer):
 
     def _whole(self, sample: Tensor, arguments: dict[str, Any]) -> Tensor:
         half, comm = self._half, self._comm
+        if half.is_tiled and any(self._rings):
+            raise UnsupportedModel(
+                f"{type(half.vae).__name__} in tiles does not know of ends that meet; call disable_tiling()"
+            )
         self._layers.follow(half.layers(self._holder))  # adapters and processors come and go
         bands = None if half.is_tiled else self._planned(sample, arguments)
         agree_on_input(comm, half.kind, sample, {"tiling": half.is_tiled, "bands": bands})
         if half.is_tiled:  # one patch, whatever the world
-            frame = Frame(0, self._dim, half.levels(sample, 1, self._dim), Absent(0))
+            frame = Frame(0, self._dim, self._levels(sample, 1), Absent(0))
         else:
-            frame = Frame(comm.rank, self._dim, half.levels(sample, comm.world, self._dim), Fresh(comm))
+            frame = Frame(comm.rank, self._dim, self._levels(sample, comm.world), Fresh(comm))
         self._holder.frame = frame
         frame.exchange.begin()
         own = run_half(half, self._holder, frame, arguments, bands)
         frame.exchange.finish()
         split = frame.levels.splits[half.level_out(frame.levels)]
         return own if half.is_tiled else whole(own, split, own.ndim - 4 + self._dim, comm)
+
+    def _levels(self, sample: Tensor, num_patches: int) -> Levels:
+        rows, cols = self._rings
+        levels = self._half.levels(sample, num_patches, self._dim)
+        return levels.ring(*((rows, cols) if self._dim == 2 else (cols, rows))) if rows or cols else levels
 
     def _planned(self, sample: Tensor, arguments: dict[str, Any]) -> Bands | None:
         """In how many bands the call fits into the budget.
@@ -211,10 +224,12 @@ class _ParallelHalf(Layer):
         if self._budget is None:
             return None
         key = sample.shape, sample.dtype, self._budget.room
-        if key not in self._bands:
-            levels = self._half.levels(sample, self._comm.world, self._dim)
-            self._bands[key], _ = half_fit(self._half, self._holder, levels, self._dim, arguments, self._budget)
-        return self._bands[key]
+        if key not in self._fits:
+            levels = self._levels(sample, self._comm.world)
+            self._fits[key] = half_fit(self._half, self._holder, levels, self._dim, arguments, self._budget)
+        bands, fit = self._fits[key]
+        self._budget.accept(fit)
+        return bands
 
 
 class _NoGradient(torch.autograd.Function):
