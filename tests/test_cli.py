@@ -62,7 +62,7 @@ def test_commands_and_flags() -> None:
         ],
         "generate": [
             *("--balance", "--cfg", "--codec", "--context-window", "--device", "--dtype", "--fps", "--frames"),
-            *("--group-norm", "--guidance-scale", "--height", "--json", "--model"),
+            *("--group-norm", "--guidance-scale", "--height", "--json", "--max-memory", "--model"),
             *("--negative-prompt", "--nproc", "--output", "--overlap", "--panorama", "--patch", "--seed", "--shift"),
             *("--split", "--steps", "--strategy", "--text-encoders", "--tile", "--true-cfg-scale", "--warmup-steps"),
             *("--width", "-o", "prompt"),

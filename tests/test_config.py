@@ -25,6 +25,7 @@ def test_the_defaults_are_the_papers() -> None:
         "overlap": 0,
         "latents": "rows",
         "pipe": None,
+        "max_memory": None,
     }
 
 

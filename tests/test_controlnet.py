@@ -11,8 +11,8 @@ from diffusers.models.controlnets.multicontrolnet import MultiControlNetModel
 from torch import Tensor
 
 import distrifusion as df
-from distrifusion.geometry import Span, Window
-from distrifusion.layers.stem import out_size, reads
+from distrifusion.geometry import Chain, Span, Window
+from distrifusion.layers.stem import out_size
 from models import distance
 from pipelines import (
     ALWAYS_WARM,
@@ -428,7 +428,7 @@ def test_a_stem_reads_what_its_rows_need(size: int) -> None:
     x = torch.randn(1, 1, size)
     assert made(x).shape[-1] == out_size(windows, size)
     for row in range(out_size(windows, size)):
-        needed = reads(windows, Span(row, row + 1)) & Span(0, size)
+        needed = Chain(tuple(windows)).reads(Span(row, row + 1)) & Span(0, size)
         other = torch.randn(1, 1, size)
         other[..., needed.start : needed.stop] = x[..., needed.start : needed.stop]
         assert torch.equal(made(other)[..., row], made(x)[..., row])

@@ -9,6 +9,7 @@ import json
 import re
 from collections.abc import Collection
 from dataclasses import dataclass, field
+from math import prod
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +29,8 @@ _DTYPES = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat
 class Checkpoint:
     """A pipeline's folder whose parts are there and whose weights are readable.
 
-    ``denoiser`` is the name of its component, ``dtype`` that of its weights, as torch names it.
+    ``denoiser`` is the name of its component, ``dtype`` that of its weights, as torch names it; ``num_weights``
+    is their number in all components.
     """
 
     path: Path
@@ -36,6 +38,7 @@ class Checkpoint:
     sizes: Sizes = field(default_factory=Sizes)
     denoiser: str | None = None
     dtype: str | None = None
+    num_weights: int = 0
 
     @property
     def default_size(self) -> tuple[int, int] | None:
@@ -115,12 +118,15 @@ def inspect(path: Path, name: str, variant: str | None = None, without: Collecti
         if isinstance(value, list) and len(value) == 2 and all(value) and part not in without
     }
     dtypes: dict[str, str | None] = {}
+    num_weights = 0
     for part in components:
         if not (path / part).is_dir():
             raise ConfigError(f"{name} is incomplete: its model_index.json names {part!r}, and there is no such folder")
         for file in sorted((path / part).glob("*.safetensors")):
             if f".{variant}" in file.name if variant else file.name.count(".") == 1:
-                dtypes.setdefault(part, _header_dtype(file, f"{part}/{file.name} of {name}"))
+                dtype, count = _header(file, f"{part}/{file.name} of {name}")
+                dtypes.setdefault(part, dtype)
+                num_weights += count
     denoiser = next((part for part in ("unet", "transformer") if part in components), None)
     pipeline, classes = str(index.get("_class_name")), {part: value[1] for part, value in components.items()}
     sizes = sizes_of(pipeline, classes, lambda part: _json(path / part / "config.json", name))
@@ -130,6 +136,7 @@ def inspect(path: Path, name: str, variant: str | None = None, without: Collecti
         sizes=sizes,
         denoiser=denoiser,
         dtype=_DTYPES.get(dtypes.get(denoiser) or "") if denoiser else None,
+        num_weights=num_weights,
     )
 
 
@@ -143,8 +150,11 @@ def _json(path: Path, name: str) -> dict[str, Any]:
     return found
 
 
-def _header_dtype(path: Path, name: str) -> str | None:
-    """The dtype of the first tensor of a safetensors file, whose length is checked against its header."""
+def _header(path: Path, name: str) -> tuple[str | None, int]:
+    """The dtype of the first tensor of a safetensors file, and the number of values in all of them.
+
+    The length of the file is checked against its header.
+    """
     size = path.stat().st_size
     with path.open("rb") as file:
         start = file.read(8)
@@ -158,11 +168,12 @@ def _header_dtype(path: Path, name: str) -> str | None:
             entries = [entry for key, entry in header.items() if key != "__metadata__"]
             end = max((entry["data_offsets"][1] for entry in entries), default=0)
             dtype = str(entries[0]["dtype"]) if entries else None
+            count = sum(prod(entry["shape"]) for entry in entries)
         except (ValueError, KeyError, TypeError, AttributeError, IndexError) as error:
             raise ConfigError(f"{name} is corrupt: its header is not that of a safetensors file") from error
     if 8 + length + end != size:
         raise ConfigError(f"{name} is corrupt: {size} bytes where its header says {8 + length + end}")
-    return dtype
+    return dtype, count
 
 
 def _fetched(model: str, **hub: Any) -> Path:

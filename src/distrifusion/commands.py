@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
@@ -88,6 +89,7 @@ def generate(order: Order) -> Written:
     check_device(order.device)
     world = num_workers(order.config, order.nproc, order.device)
     found = _check(order, world)  # before the engine starts processes
+    _plan_memory(order, found, world)
     with _progress() as (say, on_step):
         say("starting workers")
         with Engine(found.path, order.config, nproc=world, device=order.device, dtype=order.dtype) as engine:
@@ -142,12 +144,41 @@ def _check(order: Order, world: int) -> checkpoint.Checkpoint:
     return found
 
 
+def _plan_memory(order: Order, found: checkpoint.Checkpoint, world: int, shown: bool = True) -> None:
+    """Say on stderr how the picture fits into the memory that is given, if any is.
+
+    Raises:
+        ConfigError: it does not.
+    """
+    if order.config.max_memory is None:
+        return
+    lines = ["memory per rank: planned by the ranks, since only the pipeline knows the size of its latent"]
+    size = found.latent_size(order.height, order.width)
+    if size is not None:
+        from .forecast import forecast
+
+        guidance = order.arguments(found)["guidance_scale"]
+        budget = forecast(
+            found,
+            order.config,
+            Mesh.fit(order.config, world),
+            size,
+            dtype=dtype_name(order.dtype, order.device, found),
+            device=order.device,
+            is_guided=guidance is None or guidance > 1,
+        )
+        lines = budget.lines
+    if shown:
+        print("\n".join(lines), file=sys.stderr)
+
+
 def _setup(order: Order, rank: int, world: int) -> tuple[Setup, Request]:
     if rank == 0:
         _check_outputs(order)
     if order.nproc is not None and order.nproc != world:
         raise ConfigError(f"nproc={order.nproc} where torchrun has started {world} ranks: leave it out")
     found = _check(order, world)
+    _plan_memory(order, found, world, shown=rank == 0)
     dtype = dtype_name(order.dtype, order.device, found)
     setup = Setup(path=str(found.path.absolute()), config=order.config, device=order.device, dtype=dtype)
     return setup, make_request(order.seed, order.arguments(found), found.default_size)

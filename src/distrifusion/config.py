@@ -87,9 +87,9 @@ class ParallelConfig:
         latents: what a rank of ``shifted`` knows between steps: ``"rows"`` of its own, so that only those that enter
             its patch travel; a callback that looks at the latents must then look on every rank. ``"whole"`` sends all
             predictions to all ranks, as the other strategies do. The same picture.
-        max_memory: bytes that each rank may hold, or a size such as ``"4GiB"``: a decode then runs in bands of rows, and a
-            step in pieces within its layers, as far as needed; the same result. What cannot fit is refused. None: no
-            matter how much. On one device too. See docs/memory.md.
+        max_memory: bytes that each rank may hold, or a size such as ``"4GiB"`` (kept as bytes): a decode then runs in
+            bands of rows, and a step in pieces within its layers, as far as needed; the same result. What cannot fit is
+            refused. None: no matter how much. On one device too. See docs/memory.md.
 
     Raises:
         ConfigError: a value that is not one of these, printed with what would be right.

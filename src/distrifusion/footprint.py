@@ -59,10 +59,21 @@ def rehearsal(model: nn.Module) -> Rehearsal:
     return Rehearsal(modes[0] if modes else FakeTensorMode(allow_non_fake_inputs=True), weights)
 
 
-def imagined(make: Callable[[], T]) -> T:
-    """A model that ``make`` builds, with weights that take no memory: for rehearsals alone."""
+def imagined(make: Callable[[], nn.Module], dtype: torch.dtype) -> nn.Module:
+    """A model that ``make`` builds, with weights of ``dtype`` that take no memory: for rehearsals alone."""
     with FakeTensorMode(allow_non_fake_inputs=True):
-        return make()
+        model = make().eval()
+        for module in model.modules():  # Module.to cannot exchange weights without memory
+            for name, weight in module._parameters.items():
+                if weight is not None:
+                    module._parameters[name] = nn.Parameter(_cast(weight.detach(), dtype), requires_grad=False)
+            for name, values in module._buffers.items():
+                module._buffers[name] = None if values is None else _cast(values, dtype)
+    return model
+
+
+def _cast(values: Tensor, dtype: torch.dtype) -> Tensor:
+    return values.to(dtype) if values.is_floating_point() else values
 
 
 def weight_bytes(*models: nn.Module) -> int:
@@ -71,11 +82,11 @@ def weight_bytes(*models: nn.Module) -> int:
     return sum(each.numel() * each.element_size() for each in tensors.values())
 
 
-class _Footprint(TorchDispatchMode):
+class _Footprint(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Counts the bytes behind tensors from their making to their end."""
 
     def __init__(self) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.peak = 0
         self._live = 0
         self._sizes: dict[int, int] = {}  # by storage

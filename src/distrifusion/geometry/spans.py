@@ -25,6 +25,11 @@ class Span:
         start = max(self.start, other.start)
         return Span(start, max(min(self.stop, other.stop), start))
 
+    def cut(self, num: int) -> list[Span]:
+        """The same rows in ``num`` spans as equal as possible, or in as many as there are rows."""
+        bounds = _bounds(len(self), (1.0,) * min(num, len(self)), 1)
+        return [Span(self.start + start, self.start + stop) for start, stop in pairwise(bounds)]
+
     def relative_to(self, origin: int) -> Span:
         """The same rows counted from ``origin``."""
         return Span(self.start - origin, self.stop - origin)

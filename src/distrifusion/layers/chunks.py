@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..geometry import Span, Split, Window
+from ..geometry import Span, Window
 from .base import Layer
 
 Pads = tuple[int, int]
@@ -32,9 +32,10 @@ class PatchFeedForward(Layer):
             plain: Tensor = self.plain(self.module, hidden_states, *args, **kwargs)
             return plain
         made: Tensor | None = None
-        for span in pieces(hidden_states.shape[-2], WIDENING * bytes_of(hidden_states), chunk):
+        num_tokens = hidden_states.shape[-2]
+        for span in Span(0, num_tokens).cut(-(-WIDENING * bytes_of(hidden_states) // chunk)):
             part = self.plain(self.module, hidden_states.narrow(-2, span.start, len(span)), *args, **kwargs)
-            made = _room(part, -2, hidden_states.shape[-2]) if made is None else made
+            made = _room(part, -2, num_tokens) if made is None else made
             made.narrow(-2, span.start, len(span)).copy_(part)
         assert made is not None
         return made
@@ -52,7 +53,7 @@ def convolved(
     across = (0, padding[1]) if dim == 2 else (padding[0], 0)
     num_rows = along.out_size(size)
     made: Tensor | None = None
-    for span in pieces(num_rows, 2 * bytes_of(x), chunk):
+    for span in Span(0, num_rows).cut(-(-2 * bytes_of(x) // chunk)):
         reads = along.reads(span)
         inside = reads & Span(0, size)
         rows, ends = x.narrow(dim, inside.start, len(inside)), (inside.start - reads.start, reads.stop - inside.stop)
@@ -63,12 +64,6 @@ def convolved(
         made.narrow(dim, span.start, len(span)).copy_(part)
     assert made is not None
     return made
-
-
-def pieces(num_rows: int, num_bytes: int, chunk: int) -> list[Span]:
-    """``num_rows`` rows of ``num_bytes`` in all, in as few spans as have ``chunk`` bytes or a row each."""
-    bounds = Split.even(num_rows, min(max(-(-num_bytes // chunk), 1), num_rows)).bounds
-    return [Span(start, stop) for start, stop in zip(bounds, bounds[1:], strict=False)]
 
 
 def bytes_of(x: Tensor) -> int:

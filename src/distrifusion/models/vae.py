@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from typing import Any, Literal
@@ -73,8 +74,15 @@ class Half:
         """Whether the user has asked for tiles, so that a call may be about one of them."""
         return bool(getattr(self.vae, "use_tiling", False))
 
-    def levels(self, sample: Tensor, num_patches: int, dim: int) -> Levels:
+    @property
+    def input_name(self) -> str:
+        """What its forward calls the sample."""
+        return list(inspect.signature(type(self.module).forward).parameters)[1]
+
+    def levels(self, sample: Tensor, num_patches: int, dim: int, rings: tuple[bool, bool] = (False, False)) -> Levels:
         """The splits of a call with ``sample`` ``[B, C, (frames,) H, W]`` along ``dim`` (2 rows, 3 cols).
+
+        ``rings``: whether rows, and whether columns, go around the picture.
 
         Patches are even in pixels, where the time goes, so that a patch of a small picture may have no row of latent.
 
@@ -94,8 +102,10 @@ class Half:
             )
         even = (1.0,) * num_patches
         if dim == 2:
-            return Levels.down(height, width, even, rows, cols)
-        return Levels.down(width, height, even, cols, rows)
+            levels = Levels.down(height, width, even, rows, cols)
+        else:
+            levels, rings = Levels.down(width, height, even, cols, rows), rings[::-1]
+        return levels.ring(*rings) if any(rings) else levels
 
     def level_out(self, levels: Levels) -> int:
         """The level of what it makes."""
@@ -109,7 +119,6 @@ class Half:
         """
         walk = replace(walk_over(holder), known_seams=SEAMS, containers=CONTAINERS, local=LOCAL)
         yield from self.plan.layers(walk, self.module, len(self.plan.windows(self.module)))
-
 
     def tail(self) -> Tail | None:
         """What may be computed in bands of rows; None: nothing of this half is known to."""

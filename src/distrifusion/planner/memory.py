@@ -8,8 +8,11 @@ from dataclasses import dataclass, field
 from ..errors import ConfigError
 from ..metrics import human_bytes
 
-LIBRARIES = 480 << 20  # bytes of a process on the CPU that has loaded torch, diffusers and transformers, and nothing else
-SLACK = 0.1  # of what is predicted of tensors: what allocators and kernels keep; see tests/test_budget.py
+LIBRARIES = 480 << 20
+"""Bytes of a process on the CPU with torch, diffusers and transformers, and nothing else."""
+
+SLACK = 0.1
+"""Of what is predicted of tensors, once more: for what allocators and kernels keep."""
 
 
 @dataclass(frozen=True)

@@ -144,7 +144,7 @@ class BandedTail:
             made: Tensor | None = None
             parts: list[Tensor] = []
             key = ""
-            for span in spans(own, num):
+            for span in own.cut(num):
                 try:
                     rows = self._band(source, frame, reader, span, moments, asking)
                 except _Unknown as unknown:
@@ -162,7 +162,7 @@ class BandedTail:
         """As `run`, of one band with as much around it as any, and once: as much memory, and little work."""
         reader, own = self.reader(frame), frame.split(0).span(frame.patch)
         source = self._source(x, frame, reader, own)
-        longest = max(spans(own, num), key=lambda span: (len(span), len(reader.reads(span))))
+        longest = max(own.cut(num), key=lambda span: (len(span), len(reader.reads(span))))
         rows = self._band(source, frame, reader, longest, {}, pretending)
         made = self._room(rows, frame, len(own))
         made.narrow(frame.dim, 0, len(longest)).copy_(rows)
@@ -264,12 +264,6 @@ class _Asking:
     def finish(self) -> bool:
         """See Exchange."""
         return True
-
-
-def spans(own: Span, num: int) -> list[Span]:
-    """``own`` rows in ``num`` bands, or as many as there are rows."""
-    bounds = Split.even(len(own), min(num, len(own))).bounds
-    return [Span(own.start + start, own.start + stop) for start, stop in zip(bounds, bounds[1:], strict=False)]
 
 
 def _reached(module: Any, args: tuple[Any, ...]) -> NoReturn:

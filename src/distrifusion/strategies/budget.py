@@ -31,7 +31,8 @@ def half_fit(
 ) -> tuple[Bands | None, Fit]:
     """The least work with which an encode or decode fits into the budget: whole, or its tail in bands.
 
-    Where nothing fits, or the half is not known in bands, what comes nearest: `Budget.accept` refuses that. Of the patches the largest counts, so that all ranks come to the same.
+    Where nothing fits, or the half is not known in bands, what comes nearest: `Budget.accept` refuses that. Of the
+    patches the largest counts, so that all ranks come to the same.
 
     Args:
         half: what makes it.
@@ -77,9 +78,7 @@ def _cuts(tail: Tail) -> list[int]:
 class _Trial:
     """Rehearsals of one call of a VAE's half, on the rank with the largest patch."""
 
-    def __init__(
-        self, half: Half, holder: FrameHolder, levels: Levels, dim: int, arguments: Mapping[str, Any]
-    ) -> None:
+    def __init__(self, half: Half, holder: FrameHolder, levels: Levels, dim: int, arguments: Mapping[str, Any]) -> None:
         self._half, self._holder, self._levels, self._dim = half, holder, levels, dim
         self._arguments = arguments
         self._patch = largest_patch(levels.splits[0])
@@ -184,8 +183,8 @@ def patch_layers(table: Table, holder: FrameHolder, *, is_cut: bool, has_budget:
 
 
 class Pretended:
-    """See Exchange, and the all-gather of Comm: as many bytes as `Fresh` has for what the peers would say, and nothing in
-    them. ``words`` counts the bytes that are sent and received.
+    """See Exchange, and the all-gather of Comm: as many bytes as `Fresh` has for what the peers would say, with nothing
+    in them. ``words`` counts the bytes that are sent and received.
     """
 
     kind = "sync"

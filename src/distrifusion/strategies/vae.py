@@ -14,7 +14,6 @@ from ..comm import Comm
 from ..config import ParallelConfig
 from ..errors import ConfigError, UnsupportedModel
 from ..exchange import Absent, Fresh
-from ..geometry import Levels
 from ..layers import Attached, Frame, FrameHolder, Layer
 from ..mesh import Mesh
 from ..metrics import Report, Tally
@@ -200,20 +199,15 @@ class _ParallelHalf(Layer):
         bands = None if half.is_tiled else self._planned(sample, arguments)
         agree_on_input(comm, half.kind, sample, {"tiling": half.is_tiled, "bands": bands})
         if half.is_tiled:  # one patch, whatever the world
-            frame = Frame(0, self._dim, self._levels(sample, 1), Absent(0))
+            frame = Frame(0, self._dim, half.levels(sample, 1, self._dim), Absent(0))
         else:
-            frame = Frame(comm.rank, self._dim, self._levels(sample, comm.world), Fresh(comm))
+            frame = Frame(comm.rank, self._dim, half.levels(sample, comm.world, self._dim, self._rings), Fresh(comm))
         self._holder.frame = frame
         frame.exchange.begin()
         own = run_half(half, self._holder, frame, arguments, bands)
         frame.exchange.finish()
         split = frame.levels.splits[half.level_out(frame.levels)]
         return own if half.is_tiled else whole(own, split, own.ndim - 4 + self._dim, comm)
-
-    def _levels(self, sample: Tensor, num_patches: int) -> Levels:
-        rows, cols = self._rings
-        levels = self._half.levels(sample, num_patches, self._dim)
-        return levels.ring(*((rows, cols) if self._dim == 2 else (cols, rows))) if rows or cols else levels
 
     def _planned(self, sample: Tensor, arguments: dict[str, Any]) -> Bands | None:
         """In how many bands the call fits into the budget.
@@ -225,7 +219,7 @@ class _ParallelHalf(Layer):
             return None
         key = sample.shape, sample.dtype, self._budget.room
         if key not in self._fits:
-            levels = self._levels(sample, self._comm.world)
+            levels = self._half.levels(sample, self._comm.world, self._dim, self._rings)
             self._fits[key] = half_fit(self._half, self._holder, levels, self._dim, arguments, self._budget)
         bands, fit = self._fits[key]
         self._budget.accept(fit)
