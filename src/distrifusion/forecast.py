@@ -45,9 +45,18 @@ def forecast(
     """
     import torch
 
+    from .comm.shared import is_allowed
+    from .strategies.budget import shared_bytes
+
     assert isinstance(config.max_memory, int)
     numbers = getattr(torch, dtype or found.dtype or "float32")
-    budget = Budget(config.max_memory, found.num_weights * numbers.itemsize, LIBRARIES if device == "cpu" else 0)
+    is_cpu = device == "cpu"
+    budget = Budget(
+        config.max_memory,
+        found.num_weights * numbers.itemsize,
+        LIBRARIES if is_cpu else 0,
+        shared_bytes(mesh) if is_cpu and is_allowed() else 0,
+    )
     budget.check_weights()
     if found.denoiser == "unet":
         _plan_step(budget, found, config, mesh, size, numbers, 2 if is_guided else 1)

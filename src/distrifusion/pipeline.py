@@ -11,6 +11,7 @@ from diffusers import DiffusionPipeline
 from torch import nn
 
 from .comm import Comm, alone
+from .comm.shared import SharedChannel
 from .config import ParallelConfig
 from .errors import ConfigError, UnsupportedModel
 from .footprint import give_back_at_once, weight_bytes
@@ -20,6 +21,7 @@ from .models import controlnet_table, is_known, known_ends, table_for, vae_halve
 from .planner.memory import LIBRARIES, Budget
 from .strategies.agreement import agree
 from .strategies.balance import Balance
+from .strategies.budget import shared_bytes
 from .strategies.condition import SharedCondition
 from .strategies.denoiser import ParallelDenoiser
 from .strategies.encoders import SharedEncoder
@@ -73,7 +75,7 @@ def parallelize(target: T, config: ParallelConfig | None = None, comm: Comm | No
     mesh = Mesh.fit(config, comm.world)
     guidance = Guidance(mesh, comm)
     timesteps = _timesteps_of(target)
-    budget = _budget(target, models or [vae], config, comm)
+    budget = _budget(target, models or [vae], config, comm, mesh)
     is_shared = hasattr(vae, _MARK)
     try:
         whole = _spread_vae(vae, config, comm, timesteps, budget, is_target=not models)
@@ -138,7 +140,7 @@ def _check_ends(target: Any, config: ParallelConfig) -> None:
             )
 
 
-def _budget(target: Any, models: list[Any], config: ParallelConfig, comm: Comm) -> Budget | None:
+def _budget(target: Any, models: list[Any], config: ParallelConfig, comm: Comm, mesh: Mesh) -> Budget | None:
     """The memory of a rank, where it is given.
 
     Raises:
@@ -152,7 +154,8 @@ def _budget(target: Any, models: list[Any], config: ParallelConfig, comm: Comm) 
     if is_cpu:
         give_back_at_once()
     weights = weight_bytes(*(part for part in parts if isinstance(part, nn.Module)))
-    budget = Budget(config.max_memory, weights, LIBRARIES if is_cpu else 0)
+    rings = shared_bytes(mesh) if comm.wire == SharedChannel.name else 0
+    budget = Budget(config.max_memory, weights, LIBRARIES if is_cpu else 0, rings)
     budget.check_weights()
     return budget
 

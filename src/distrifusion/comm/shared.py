@@ -233,12 +233,17 @@ def is_allowed() -> bool:
     return text != "0"
 
 
+def ring_bytes(world: int) -> int:
+    """Of the ring between each two ranks, for one direction."""
+    return max(min(BUDGET // (world * (world - 1)), LARGEST), SMALLEST) // HEADER * HEADER
+
+
 def open_shared(below: Any, position: int, world: int, everyone: Callable[[Any], list[Any]]) -> SharedChannel | None:
     """A channel through shared memory over the ranks of ``below``, or None where they cannot have one. Collective.
 
     ``everyone`` gathers a picklable value of all ranks. Where one rank may not (`is_allowed`), none does.
     """
-    size = max(min(BUDGET // (world * (world - 1)), LARGEST), SMALLEST) // HEADER * HEADER
+    size = ring_bytes(world)
     token = secrets.token_hex(8)
     outgoing: dict[int, Lane] = {}
     if is_allowed() and platform.system() == "Linux" and platform.machine() in ("x86_64", "AMD64"):

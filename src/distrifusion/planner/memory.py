@@ -38,6 +38,7 @@ class Budget:
         limit: bytes that it may hold.
         weights: bytes of the weights.
         libraries: bytes that the process holds at rest, where the limit is about these too.
+        rings: bytes of the shared memory through which the rank talks with the others, where it does.
         kept: bytes that stay from step to step: late messages.
         fits: by part, what was found to fit.
     """
@@ -45,6 +46,7 @@ class Budget:
     limit: int
     weights: int
     libraries: int = 0
+    rings: int = 0
     kept: int = 0
     fits: dict[str, Fit] = field(default_factory=dict)
 
@@ -55,12 +57,12 @@ class Budget:
 
     def room_beside(self, kept: int) -> int:
         """The same, where ``kept`` bytes stay from step to step."""
-        return int((self.limit - self.libraries - self.weights - kept) / (1 + SLACK))
+        return int((self.limit - self.held + self.kept - kept) / (1 + SLACK))
 
     @property
     def held(self) -> int:
         """Bytes that are always there."""
-        return self.libraries + self.weights + self.kept
+        return self.libraries + self.weights + self.rings + self.kept
 
     def total(self, peak: int) -> int:
         """Bytes of the rank while a part of the work with this ``peak`` runs."""
@@ -103,7 +105,12 @@ class Budget:
         )
 
     def _held(self) -> str:
-        parts = {"libraries": self.libraries, "weights": self.weights, "late messages": self.kept}
+        parts = {
+            "libraries": self.libraries,
+            "weights": self.weights,
+            "shared memory": self.rings,
+            "late messages": self.kept,
+        }
         return " + ".join(f"{name} {human_bytes(size)}" for name, size in parts.items() if size)
 
 

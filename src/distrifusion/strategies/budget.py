@@ -11,10 +11,12 @@ from torch import Tensor
 
 from ..comm import Pending
 from ..comm.base import Done
+from ..comm.shared import ring_bytes
 from ..exchange import Exchange
 from ..footprint import rehearsal
 from ..geometry import Halo, Levels, Split
 from ..layers import Frame, FrameHolder, Layer
+from ..mesh import Mesh
 from ..metrics import human_bytes
 from ..models import Call, Table, feed_forwards
 from ..planner.memory import Budget, Fit, fewest
@@ -24,6 +26,15 @@ if TYPE_CHECKING:
     from ..models.vae import Half, Tail
 
 CHUNKS = tuple(2**n << 20 for n in range(6, -1, -1))  # bytes that a layer of a denoiser works on at a time: 64 to 1 MiB
+
+
+def shared_bytes(mesh: Mesh) -> int:
+    """Of the shared memory through which a rank of ``mesh`` talks with the others of its machine, both ways.
+
+    With a split of guidance there are rings within the groups too.
+    """
+    worlds = [mesh.world, *([mesh.size("cfg"), mesh.size("patch")] if mesh.size("cfg") > 1 else [])]
+    return sum(2 * (world - 1) * ring_bytes(world) for world in worlds if world > 1)
 
 
 def half_fit(
