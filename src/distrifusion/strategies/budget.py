@@ -25,7 +25,7 @@ from .bands import BandedTail, Bands, banded_tail, run_half, whole
 if TYPE_CHECKING:
     from ..models.vae import Half, Tail
 
-CHUNKS = tuple(2**n << 20 for n in range(6, -1, -1))  # bytes that a layer of a denoiser works on at a time: 64 to 1 MiB
+CHUNKS = (64 << 20, 16 << 20, 4 << 20)  # bytes that a layer of a denoiser works on at a time, for the least work first
 
 
 def shared_bytes(mesh: Mesh) -> int:
