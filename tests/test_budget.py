@@ -323,8 +323,11 @@ def test_the_plan_that_is_printed_before_is_the_one_that_runs(tiny: Path, monkey
     assert budget.libraries == LIBRARIES
     assert "libraries 480.0 MiB + weights" in budget.lines[0]
 
+    # Loading patches torch for all threads, so none may load while another works.
+    pipes = [diffusers.StableDiffusionPipeline.from_pretrained(tiny) for _ in range(2)]
+
     def rank(comm: Comm) -> list[str]:
-        pipe = diffusers.StableDiffusionPipeline.from_pretrained(tiny)
+        pipe = pipes[comm.rank]
         pipe.set_progress_bar_config(disable=True)
         df.parallelize(pipe, config, comm)
         noise = torch.Generator().manual_seed(0)
