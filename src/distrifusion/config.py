@@ -86,6 +86,9 @@ class ParallelConfig:
         latents: what a rank of ``shifted`` knows between steps: ``"rows"`` of its own, so that only those that enter
             its patch travel; a callback that looks at the latents must then look on every rank. ``"whole"`` sends all
             predictions to all ranks, as the other strategies do. The same picture.
+        patches: of ``pipelined``, transformers only: the picture in so many patches, cut along ``split``, which stream
+            through the stages within a step (PipeFusion, arXiv 2405.14430). 1: one after the other, exact. None: all
+            stages at the same time, each one step behind the one before. See docs/pipelined.md.
 
     Raises:
         ConfigError: a value that is not one of these, printed with what would be right.
@@ -107,6 +110,7 @@ class ParallelConfig:
     overlap: int = 0
     latents: Latents = "rows"
     pipe: int | None = None
+    patches: int | None = None
 
     def __post_init__(self) -> None:
         _one_of("strategy", self.strategy, get_args(StrategyName))
@@ -118,13 +122,23 @@ class ParallelConfig:
         _whole("cfg", self.cfg, 1)
         if self.cfg > 2:
             raise ConfigError(f"cfg={self.cfg} must be 1 or 2: guidance has two branches")
-        for name in ("patch", "pipe"):
+        for name in ("patch", "pipe", "patches"):
             if getattr(self, name) is not None:
                 _whole(name, getattr(self, name), 1)
         if self.strategy == "pipelined" and self.patch not in (None, 1):
             raise ConfigError(f"patch={self.patch} does not go with strategy='pipelined', whose ranks are stages")
         if self.strategy != "pipelined" and self.pipe not in (None, 1):
             raise ConfigError(f"pipe={self.pipe} goes with strategy='pipelined' only, not with {self.strategy!r}")
+        if self.patches is not None and self.strategy != "pipelined":
+            raise ConfigError(
+                f"patches={self.patches} goes with strategy='pipelined' only, not with {self.strategy!r}, where patch= "
+                "is the number of ranks along the picture"
+            )
+        if self.patches is not None and self.balance is not None:
+            raise ConfigError(
+                f"balance={self.balance!r} does not go with patches={self.patches}, where stages follow the size of "
+                "the blocks: leave one of them out"
+            )
         _whole("warmup_steps", self.warmup_steps, 0)
         # As text it is hashable, and the same however it was given.
         object.__setattr__(self, "codec", _codec_text(self.codec))
@@ -210,7 +224,7 @@ class ParallelConfig:
 
 
 _OF_SHIFTED = ("shift", "shift_seed", "overlap", "latents")
-_EXTRAS = ("codec", "context_window", "balance", "topology", "shift_seed", "overlap", "latents")
+_EXTRAS = ("codec", "context_window", "balance", "topology", "shift_seed", "overlap", "latents", "patches")
 
 
 def shift_choice(text: str) -> str | int:

@@ -20,6 +20,7 @@ __all__ = [
     "controlnet_table",
     "is_known",
     "stage_layers",
+    "stream_layers",
     "supported",
     "table_for",
     "vae_halves",
@@ -83,6 +84,20 @@ def stage_layers(model: Any, num_stages: int, holder: FrameHolder) -> Iterator[L
 
     plan = next((plan for plan in PLANS if type(model) is plan.model), None)
     return units.stage_layers(model, plan, num_stages, holder)
+
+
+def stream_layers(model: Any, num_stages: int, holder: FrameHolder) -> Iterator[Layer]:
+    """The same, and the patch layers of ``model``, for patches that stream through the stages.
+
+    Raises:
+        ConfigError: fewer units than stages.
+        UnsupportedModel: it is no transformer.
+    """
+    from . import units
+    from .plans import PLANS
+
+    plan = next((plan for plan in PLANS if type(model) is plan.model), None)
+    return units.stream_layers(model, plan, num_stages, holder)
 
 
 def is_known(model: Any) -> bool:

@@ -9,6 +9,7 @@ from .guidance import Guidance
 from .independent import Naive, Shifted
 from .patch import Displaced, Sync
 from .pipelined import Pipelined
+from .streamed import Streamed
 
 __all__ = ["Guidance", "State", "Strategy", "strategy_for"]
 
@@ -17,4 +18,6 @@ _STRATEGIES = {cls.name: cls for cls in (Sync, Displaced, Naive, Shifted, Pipeli
 
 def strategy_for(config: ParallelConfig, comm: Comm) -> Strategy:
     """The strategy that ``config`` names, for the ranks of one guidance branch."""
+    if config.patches is not None and comm.world > 1:
+        return Streamed(config, comm)
     return _STRATEGIES[config.strategy](config, comm)

@@ -33,6 +33,7 @@ from .independent import blended
 from .pairs import Pairs, Ran
 from .pictures import Pictures
 from .rows import Rows, Sharing
+from .streamed import Streamed, Streaming
 
 T = TypeVar("T")
 
@@ -101,6 +102,12 @@ class ParallelDenoiser:
         self._strategy = strategy_for(config, self._guidance.patches)
         self._holder = FrameHolder()
         self._layers = Attached()
+        self._streaming: Streaming | None = None
+        if isinstance(self._strategy, Streamed):
+            assert config.patches is not None
+            self._streaming = Streaming(
+                self._strategy, table, config.patches, self._holder, _DIMS[config.split], self._guidance.patches
+            )
         self._pictures = Pictures(self._strategy, timesteps)
         self._timesteps = timesteps
         self._dim = _DIMS[config.split]
@@ -243,6 +250,8 @@ class ParallelDenoiser:
 
     def _run(self, call: Call, state: State) -> Ran:
         """Run the model on this rank's patch and part of the batch."""
+        if self._streaming is not None:
+            return self._stream(self._streaming, call, state)
         num_patches = self._mesh.size("patch")
         picture = self._levels(call)
         if state.levels is not None and state.levels != picture:
@@ -284,6 +293,16 @@ class ParallelDenoiser:
             self.report.stages, self.report.balance = stages.names, str(self._config.balance or "even")
             split = stages.output_split(split.size)
         return Ran(result, own, split, self._moved)
+
+    def _stream(self, streaming: Streaming, call: Call, state: State) -> Ran:
+        """Run this rank's stage of the model, on its part of the batch."""
+        flow = streaming.step(self._own_batch(call), state, self._inner)
+        assert state.course is not None
+        state.step += 1
+        self._cost.num_calls += 1
+        self._kind = flow.kind
+        self.report.stages, self.report.patches = state.course.names(), flow.levels.splits[0].sizes
+        return Ran(flow.result, flow.own, streaming.output_split(flow.levels.splits[0].size))
 
     def _skip(self, before: Ran, call: Call, state: State) -> Ran:
         """See `Pairs`."""
@@ -381,6 +400,9 @@ class ParallelDenoiser:
         if self._mesh.size("cfg") > 1 and not self._table.splits_guidance():
             raise ConfigError("cfg=2 does not work with PAG, whose branches must share a batch; use cfg=1")
         num_stages = self._mesh.size("pipe")
+        if isinstance(self._strategy, Streamed):
+            self._layers.follow(self._strategy.layers(self.model, self._holder))
+            return
         if num_stages > 1:
             self._layers.follow(stage_layers(self.model, num_stages, self._holder))
             return
