@@ -73,6 +73,47 @@ class Links:
             self._under_way.popleft()[0].wait()
 
 
+class Back:
+    """What the last stage has made of a patch, on its way to all ranks, who step on it.
+
+    Args:
+        comm: all ranks; those of a branch of guidance are consecutive, in order of their stages.
+        num_branches: of guidance, each with its part of the batch.
+    """
+
+    def __init__(self, comm: Comm, num_branches: int) -> None:
+        self._comm = comm.split([list(range(comm.world))])
+        num_stages = comm.world // num_branches
+        self._lasts = [num_stages * (branch + 1) - 1 for branch in range(num_branches)]
+        self._branch = comm.rank // num_stages
+
+    def launch(self, own: Tensor, shares: Sequence[int]) -> Back.Coming:
+        """Send or await one patch of a prediction; ``own`` is that of this rank's part of the batch, if it is the last
+        of its branch, else of its shape. ``shares`` are the pictures of each branch. All ranks call this.
+        """
+        comm = self._comm
+        own = own.contiguous()
+        is_last = comm.rank in self._lasts
+        parts = [own.new_empty(share, *own.shape[1:]) for share in shares]
+        if is_last:
+            parts[self._branch] = own
+        sends = {rank: own for rank in range(comm.world) if is_last and rank != comm.rank}
+        recvs = {rank: part for rank, part in zip(self._lasts, parts, strict=True) if rank != comm.rank}
+        return Back.Coming(comm.swap(sends, recvs, kind="output"), parts)
+
+    @dataclass(frozen=True)
+    class Coming:
+        """One patch of a prediction under way."""
+
+        pending: Pending[None]
+        parts: Sequence[Tensor]  # by branch
+
+        def wait(self) -> Tensor:
+            """That of the whole batch."""
+            self.pending.wait()
+            return self.parts[0] if len(self.parts) == 1 else torch.cat(list(self.parts))
+
+
 def _pairs(world: int, start: int) -> list[list[int]]:
     pairs = [list(range(first, min(first + 2, world))) for first in range(start, world, 2)]
     return [[0], *pairs] if start else pairs
@@ -122,6 +163,20 @@ class Course:
         self.made: dict[int | None, dict[str, _Made]] = {}  # by pass (None: of the whole picture), by call in order
         self.last_reader: dict[str, int] = {}  # name of a tensor -> the last stage that reads it
         self.expected: tuple[int | None, Pending[None], Tensor] | None = None  # the next pass's, where it was asked for
+        self.layout: tuple[Split, int] | None = None  # of predictions under way: rows of each patch, and their dim
+        self._coming: deque[Back.Coming] = deque()
+
+    def note(self, coming: Back.Coming, num_patches: int) -> None:
+        """Remember a patch that is under way. Those of the step before the last one are here by now."""
+        self._coming.append(coming)
+        while len(self._coming) > 2 * num_patches:
+            self._coming.popleft().pending.wait()
+
+    def drain(self) -> None:
+        """Wait for all that is under way, whether anyone asks for it or not."""
+        self.links.drain()
+        while self._coming:
+            self._coming.popleft().pending.wait()
 
     def names(self) -> tuple[tuple[str, ...], ...]:
         """Blocks of each stage, in order."""
@@ -413,4 +468,3 @@ class Context:
         if rows.shape[dim] < count:
             raise UnsupportedModel(f"{name} reads {count} rows of a neighbour; while patches stream, {MARGIN} are kept")
         return rows.narrow(dim, rows.shape[dim] - count if maker < reader else 0, count)
-

@@ -49,7 +49,7 @@ class State:
         if self.slots is not None:
             self.slots.drain()
         if self.course is not None:
-            self.course.links.drain()
+            self.course.drain()
 
 
 class Strategy(Protocol):

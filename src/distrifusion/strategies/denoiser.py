@@ -106,7 +106,7 @@ class ParallelDenoiser:
         if isinstance(self._strategy, Streamed):
             assert config.patches is not None
             self._streaming = Streaming(
-                self._strategy, table, config.patches, self._holder, _DIMS[config.split], self._guidance.patches
+                self._strategy, table, config.patches, self._holder, _DIMS[config.split], self._guidance, comm
             )
         self._pictures = Pictures(self._strategy, timesteps)
         self._timesteps = timesteps
@@ -228,6 +228,8 @@ class ParallelDenoiser:
         if is_new_picture:
             self.report = self._new_report()
             self._sharing = self._new_sharing()
+            if self._streaming is not None:
+                self._streaming.start()
             if self._table.gathers:
                 self._balance.start()
         if self._sharing is not None and self._is_last(call, state):
@@ -296,13 +298,16 @@ class ParallelDenoiser:
 
     def _stream(self, streaming: Streaming, call: Call, state: State) -> Ran:
         """Run this rank's stage of the model, on its part of the batch."""
-        flow = streaming.step(self._own_batch(call), state, self._inner)
+        is_last = self._is_last(call, state)
+        flow = streaming.step(call, self._own_batch(call), state, self._inner, is_last=is_last)
         assert state.course is not None
         state.step += 1
         self._cost.num_calls += 1
         self._kind = flow.kind
         self.report.stages, self.report.patches = state.course.names(), flow.levels.splits[0].sizes
-        return Ran(flow.result, flow.own, streaming.output_split(flow.levels.splits[0].size))
+        if flow.note is not None and flow.note not in self.report.notes:
+            self.report.notes.append(flow.note)
+        return Ran(flow.result, flow.own, streaming.output_split(flow.levels.splits[0].size), coming=flow.coming)
 
     def _skip(self, before: Ran, call: Call, state: State) -> Ran:
         """See `Pairs`."""
@@ -363,6 +368,8 @@ class ParallelDenoiser:
 
     def _deliver(self, ran: Ran, call: Call, halves: Halves) -> Any:
         """Everyone's predictions, as the model returns them. See `Pairs`."""
+        if ran.coming is not None:
+            return ran.coming
         batch, own, split = call.sample.shape[0], ran.own, ran.split
         if ran.moved is not None:
             own, split = blended(own, ran.moved, self._guidance.patches, self._dim), ran.moved.split

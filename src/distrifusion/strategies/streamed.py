@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 from typing import Any
 
 import torch
@@ -19,8 +20,13 @@ from ..layers.base import own_rows
 from ..layers.tokens import TOKENS
 from ..models import Call, Table, stream_layers
 from ..stages import chain
-from ..stream import Course, Links, Pass
+from ..stream import Back, Course, Links, Pass
 from .base import Joined, State
+from .guidance import Guidance
+from .patches import Ending, Once, Patches
+
+
+_WAITS = "steps wait for each other"
 
 
 class Streamed(Joined):
@@ -75,6 +81,8 @@ class Flow:
     own: Tensor  # [B, C, rows, W] of the whole picture; only the last rank's holds the prediction
     levels: Levels  # of the patches
     kind: str
+    coming: Patches | None = None  # the prediction of the whole batch, where its patches are on their way to all ranks
+    note: str | None = None  # what the report is to say
 
 
 class Streaming:
@@ -86,53 +94,102 @@ class Streaming:
         num_patches: of the picture.
         holder: of the frames.
         dim: along which the picture is cut, see Frame.
-        comm: the ranks in order of their stages.
+        guidance: the ranks of this branch, in order of their stages.
+        comm: all ranks.
     """
 
     def __init__(
-        self, strategy: Streamed, table: Table, num_patches: int, holder: FrameHolder, dim: int, comm: Comm
+        self,
+        strategy: Streamed,
+        table: Table,
+        num_patches: int,
+        holder: FrameHolder,
+        dim: int,
+        guidance: Guidance,
+        comm: Comm,
     ) -> None:
         self._strategy, self._table, self._holder = strategy, table, holder
         self._num_patches, self._dim = num_patches, dim
-        self._comm = comm
+        self._guidance = guidance
+        self._num_stages = guidance.patches.world
+        self._back = Back(comm, comm.world // self._num_stages)
+        self._ending = Ending()
+
+    def start(self) -> None:
+        """Begin a picture."""
+        self._ending = Ending()
 
     def output_split(self, size: int) -> Split:
         """Who has which of the prediction's ``size`` rows: the last rank has all."""
-        return Split((*[0] * self._comm.world, size))
+        return Split((*[0] * self._num_stages, size))
 
-    def step(self, call: Call, state: State, model: Callable[..., Any]) -> Flow:
-        """One step of the part ``call`` of the batch.
+    def step(self, call: Call, own_call: Call, state: State, model: Callable[..., Any], *, is_last: bool) -> Flow:
+        """One step of ``own_call``, this rank's part of the batch of ``call``.
+
+        ``is_last``: everybody is to have the whole prediction at once, since nobody steps on a patch of it.
 
         Raises:
             ConfigError: more patches than rows of tokens.
         """
         assert state.course is not None
-        whole, parts = self._levels(call, 1), self._levels(call, self._num_patches)
-        is_whole = self._strategy.is_whole(state)
-        patches = [None] if is_whole else list(range(self._num_patches))
-        table, levels = self._table, whole if is_whole else parts
-        third, num_guests = table.third(call, self._dim), table.num_guests(call)
-        tokens = parts.splits[TOKENS]
-
-        def frame_of(patch: int, exchange: Exchange) -> Frame:
-            return Frame(
-                patch, self._dim, levels, exchange, third, num_guests, memory=state.memory, asks_always=is_whole
-            )
+        self._ending.is_over = self._ending.is_over or is_last
+        is_whole, num_patches = self._strategy.is_whole(state), self._num_patches
+        levels = self._levels(own_call, 1 if is_whole else num_patches)
+        tokens = self._levels(own_call, num_patches).splits[TOKENS]
+        table, shares = self._table, [len(share) for share in self._guidance.shares(call.sample.shape[0])]
+        third, num_guests = table.third(own_call, self._dim), table.num_guests(own_call)
+        is_open = not is_whole and not is_last and sum(shares) == call.sample.shape[0]
+        latents = _Latents(own_call, None if is_whole else state.course.layout)
 
         def cut(x: Tensor, dim: int) -> list[Tensor]:
             shape = self._holder.now().shape(TOKENS, tokens.size)
             x, along = torch.unflatten(x, dim, shape), dim + self._dim - 1
-            return [own_rows(x, tokens, patch, along).flatten(dim, dim + 2) for patch in range(tokens.num_patches)]
+            return [own_rows(x, tokens, patch, along).flatten(dim, dim + 2) for patch in range(num_patches)]
 
         own: list[Tensor] = []
+        coming: list[Back.Coming] = []
+        patches: list[int | None] = [None] if is_whole else list(range(num_patches))
         for patch, following in zip(patches, [*patches[1:], None], strict=True):
             keeps = self._strategy.is_last_whole(state)
             policy = Pass(state.course, patch, tokens, cut, keeps=keeps, following=following)
-            self._holder.frame = frame = frame_of(patch or 0, policy)
+            frame = Frame(
+                patch or 0, self._dim, levels, policy, third, num_guests, memory=state.memory, asks_always=is_whole
+            )
+            self._holder.frame = frame
             policy.begin()
-            result = policy.run(model, **table.localise(call, frame, fed=False).arguments)
-            own.append(table.fold(result[0], call, frame))
-        return Flow(result, own[0] if is_whole else torch.cat(own, self._dim), levels, policy.kind)
+            result = policy.run(model, **table.localise(latents.call(patch), frame, fed=False).arguments)
+            own.append(table.fold(result[0], own_call, frame))
+            is_open = is_open and self._is_contiguous(result[0], third)
+            if is_open:
+                coming.append(self._back.launch(own[-1], shares))
+                state.course.note(coming[-1], num_patches)
+        whole = own[0] if is_whole else torch.cat(own, self._dim)
+        kind, note = policy.kind, latents.note
+        if not is_open:
+            state.course.layout = None
+            if not is_whole and not is_last and num_patches > 1:
+                note = f"{_WAITS}: the predictions of this call come as a whole"
+            return Flow(result, whole, levels, kind, note=note)
+        made = self._made(result[0], own, coming, sum(shares))
+        state.course.layout = made.layout
+        return Flow(result, whole, levels, kind, made, note)
+
+    def _is_contiguous(self, output: Any, third: int) -> bool:
+        """Whether the patches of a prediction lie one after the other along a dim of it."""
+        if not isinstance(output, Tensor) or self._num_patches == 1:
+            return False
+        return output.ndim > 3 or self._dim == 1 or (self._dim == 2 and third == 1)
+
+    def _made(self, like: Tensor, own: list[Tensor], coming: list[Back.Coming], batch: int) -> Patches:
+        """The prediction of the whole batch in the form of ``like``, of patches that are under way."""
+        table = self._table
+        shapes = [table.unfold(part, like).shape for part in own]
+        dim = next(i for i in range(1, like.ndim) if shapes[0][i] != like.shape[i]) - like.ndim
+        split = Split((0, *accumulate(shape[dim] for shape in shapes)))
+        shape = list(like.shape)
+        shape[0], shape[dim] = batch, split.size
+        parts = [Once(lambda each=each: table.unfold(each.wait(), like)) for each in coming]  # type: ignore[misc]
+        return Patches(torch.empty(shape, dtype=like.dtype, device="meta"), parts, split, dim, like.device, self._ending)
 
     def _levels(self, call: Call, num_patches: int) -> Levels:
         table, size, frames = self._table, self._table.size(call), self._table.third(call, 2)
@@ -144,3 +201,28 @@ class Streaming:
                 f"patches={tokens.size} is the most"
             )
         return table.levels(*size, (1.0,) * num_patches, self._dim, frames)
+
+
+class _Latents:
+    """The latents of a call, as a model can read them: whole, or one patch of them and zeros."""
+
+    def __init__(self, call: Call, layout: tuple[Split, int] | None) -> None:
+        sample = call.sample
+        self._coming: Patches | None = None
+        if isinstance(sample, Patches) and layout is not None and sample.is_open and sample.layout == layout:
+            self._coming = sample
+        self.note: str | None = None
+        if layout is not None and self._coming is None:
+            self.note = f"{_WAITS}: the latents are asked for as a whole between them"
+        known = {name: value.whole() for name, value in call.arguments.items() if isinstance(value, Patches)}
+        self._call = call.having(**known) if self._coming is None else call
+
+    def call(self, patch: int | None) -> Call:
+        """For one patch, whose latents alone are waited for."""
+        if self._coming is None or patch is None:
+            return self._call
+        coming, plain = self._coming, torch.zeros_like(self._coming)
+        split, dim = coming.layout
+        span = split.span(patch)
+        plain.narrow(dim, span.start, len(span)).copy_(coming.part(patch))
+        return self._call.having(**{self._call.sample_name: plain})
