@@ -12,7 +12,7 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -119,7 +119,8 @@ def _pairs(world: int, start: int) -> list[list[int]]:
     return [[0], *pairs] if start else pairs
 
 
-class _Part(NamedTuple):
+@dataclass(frozen=True)
+class _Part:
     """A tensor among what a block returns."""
 
     name: str
@@ -313,7 +314,9 @@ class Pass(Named):
             _Part(f"{name}:{i}", Spec(leaf.shape, leaf.dtype)) if isinstance(leaf, Tensor) else leaf
             for i, leaf in enumerate(own)
         ]
-        made: _Made = self._comm.broadcast_object(_Made(owner, tree, parts) if is_mine else None, owner)
+        described = self._comm.broadcast_object(tree_unflatten(parts, tree) if is_mine else None, owner)
+        leaves, tree = tree_flatten(described)
+        made = _Made(owner, tree, leaves)
         values = own if is_mine else list(made.leaves)
         for i, part in enumerate(made.leaves):
             if isinstance(part, _Part):
@@ -430,6 +433,8 @@ class Context:
         cut: Callable[[Tensor, int], list[Tensor]],
     ) -> list[Sequence[Tensor]]:
         """Of all patches, of which ``own`` is the newest."""
+        if len(sizes) == 1:
+            return [own]
         if name not in self._parts:
             whole = self._whole.get(name)
             if whole is None:

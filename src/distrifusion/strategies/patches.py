@@ -64,7 +64,7 @@ class Patches(InParts):
         ending: of the picture.
     """
 
-    _parts: list[Callable[[], Tensor]]
+    _parts: Sequence[Callable[[], Tensor]]
     _split: Split
     _dim: int
     _whole: Tensor | None
@@ -74,7 +74,7 @@ class Patches(InParts):
 
     @staticmethod
     def __new__(
-        cls, like: Tensor, parts: list[Callable[[], Tensor]], split: Split, dim: int, device: Any, ending: Ending
+        cls, like: Tensor, parts: Sequence[Callable[[], Tensor]], split: Split, dim: int, device: Any, ending: Ending
     ) -> Patches:
         """See the class."""
         made: Patches = Tensor._make_wrapper_subclass(cls, like.shape, dtype=like.dtype, device=device)
@@ -83,7 +83,7 @@ class Patches(InParts):
         return made
 
     def __init__(
-        self, like: Tensor, parts: list[Callable[[], Tensor]], split: Split, dim: int, device: Any, ending: Ending
+        self, like: Tensor, parts: Sequence[Callable[[], Tensor]], split: Split, dim: int, device: Any, ending: Ending
     ) -> None: ...
 
     def __repr__(self, *, tensor_contents: Any = None) -> str:  # type: ignore[override]
@@ -95,7 +95,7 @@ class Patches(InParts):
         return self._whole is None
 
     @property
-    def layout(self) -> tuple[Split, int]:
+    def cut(self) -> tuple[Split, int]:
         """The rows of each patch, and their dim, counted from the end."""
         return self._split, self._dim
 
@@ -145,7 +145,7 @@ class Patches(InParts):
 def _can_wait(func: Any, args: Any, kwargs: Any, opened: list[Patches]) -> bool:
     """Whether an operation can be done patch by patch. Those that write to memory are done at once."""
     first = opened[0]
-    if first._ending.is_over or func._schema.is_mutable or any(each.layout != first.layout for each in opened):
+    if first._ending.is_over or func._schema.is_mutable or any(each.cut != first.cut for each in opened):
         return False
     return is_by_value(func) or is_along_another(func, args, kwargs, first, first._dim)
 

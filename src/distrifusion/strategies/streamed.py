@@ -25,7 +25,6 @@ from .base import Joined, State
 from .guidance import Guidance
 from .patches import Ending, Once, Patches
 
-
 _WAITS = "steps wait for each other"
 
 
@@ -163,15 +162,17 @@ class Streaming:
             if is_open:
                 coming.append(self._back.launch(own[-1], shares))
                 state.course.note(coming[-1], num_patches)
+        # Some wires move a large message only while its sender waits for it: not to be left to the next step.
+        state.course.links.drain()
         whole = own[0] if is_whole else torch.cat(own, self._dim)
-        kind, note = policy.kind, latents.note
+        kind, note = policy.kind, None if is_last else latents.note
         if not is_open:
             state.course.layout = None
             if not is_whole and not is_last and num_patches > 1:
                 note = f"{_WAITS}: the predictions of this call come as a whole"
             return Flow(result, whole, levels, kind, note=note)
         made = self._made(result[0], own, coming, sum(shares))
-        state.course.layout = made.layout
+        state.course.layout = made.cut
         return Flow(result, whole, levels, kind, made, note)
 
     def _is_contiguous(self, output: Any, third: int) -> bool:
@@ -189,7 +190,9 @@ class Streaming:
         shape = list(like.shape)
         shape[0], shape[dim] = batch, split.size
         parts = [Once(lambda each=each: table.unfold(each.wait(), like)) for each in coming]  # type: ignore[misc]
-        return Patches(torch.empty(shape, dtype=like.dtype, device="meta"), parts, split, dim, like.device, self._ending)
+        return Patches(
+            torch.empty(shape, dtype=like.dtype, device="meta"), parts, split, dim, like.device, self._ending
+        )
 
     def _levels(self, call: Call, num_patches: int) -> Levels:
         table, size, frames = self._table, self._table.size(call), self._table.third(call, 2)
@@ -209,20 +212,20 @@ class _Latents:
     def __init__(self, call: Call, layout: tuple[Split, int] | None) -> None:
         sample = call.sample
         self._coming: Patches | None = None
-        if isinstance(sample, Patches) and layout is not None and sample.is_open and sample.layout == layout:
+        if isinstance(sample, Patches) and layout is not None and sample.is_open and sample.cut == layout:
             self._coming = sample
         self.note: str | None = None
         if layout is not None and self._coming is None:
             self.note = f"{_WAITS}: the latents are asked for as a whole between them"
-        known = {name: value.whole() for name, value in call.arguments.items() if isinstance(value, Patches)}
-        self._call = call.having(**known) if self._coming is None else call
+        others = {name: value for name, value in call.arguments.items() if value is not self._coming}
+        self._call = call.having(**{name: v.whole() for name, v in others.items() if isinstance(v, Patches)})
 
     def call(self, patch: int | None) -> Call:
         """For one patch, whose latents alone are waited for."""
         if self._coming is None or patch is None:
             return self._call
         coming, plain = self._coming, torch.zeros_like(self._coming)
-        split, dim = coming.layout
+        split, dim = coming.cut
         span = split.span(patch)
         plain.narrow(dim, span.start, len(span)).copy_(coming.part(patch))
         return self._call.having(**{self._call.sample_name: plain})

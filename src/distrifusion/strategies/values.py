@@ -86,7 +86,8 @@ def is_along_another(func: Any, args: Any, kwargs: Any, like: Tensor, dim: int) 
     ndim += func is _OPS.unsqueeze.default
     own, along = given % ndim, ndim + dim
     if func is _OPS.slice.Tensor and own == along:  # of all rows
-        start, stop, step = (*args[2:], *(None, None, 1)[max(len(args) - 2, 0) :])
+        start, stop = (args[i] if len(args) > i else kwargs.get(name) for i, name in ((2, "start"), (3, "end")))
+        step = args[4] if len(args) > 4 else kwargs.get("step", 1)
         return not start and (stop is None or stop >= like.shape[dim]) and step == 1
     removes = func in (_OPS.select.int, _OPS.unbind.int, _OPS.unsqueeze.default)
     return own < along or (own > along and not removes)
