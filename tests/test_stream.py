@@ -241,6 +241,32 @@ def test_processes_give_what_threads_give(pool: Any) -> None:
     assert all(torch.equal(mine, wanted) for mine in pool.run(paints, 3))
 
 
+# --- weights ---
+
+
+@pytest.mark.parametrize(("name", "world"), [("hunyuan", 3), ("pixart", 2)])
+def test_a_rank_holds_the_weights_of_its_stage_only(name: str, world: int) -> None:
+    given = calls(name, 3)
+    wanted = on_ranks(name, world, streamed(), given)[0][0]
+
+    def rank(comm: Comm) -> tuple[int, int, list[Tensor], bool]:
+        model = build(MODELS[name])
+        before = {key: weight.clone() for key, weight in model.named_parameters()}
+        df.parallelize(model, streamed(blocks="freed"), comm)
+        in_blocks = [key for key in before if "blocks." in key]
+        held = sum(weight.nbytes for key, weight in model.named_parameters() if key in in_blocks)
+        assert all(w.numel() for key, w in model.named_parameters() if key not in in_blocks)
+        results = [first(model(**each)) for each in given]
+        df.restore(model)
+        is_back = all(torch.equal(weight, before[key]) for key, weight in model.named_parameters())
+        return held, sum(before[key].nbytes for key in in_blocks), results, is_back
+
+    for held, in_all, results, is_back in df.run_ranks(world, rank):
+        assert held <= 1.15 / world * in_all
+        assert all(torch.equal(mine, theirs) for mine, theirs in zip(results, wanted, strict=True))
+        assert is_back
+
+
 # --- in place, and errors ---
 
 
@@ -332,6 +358,7 @@ def test_what_does_not_fit_is_refused_with_the_numbers() -> None:
         ({"patches": 0}, "patches=0 must be a whole number of at least 1"),
         ({"strategy": "sync"}, "patches=3 goes with strategy='pipelined' only, not with 'sync'"),
         ({"balance": "measured", "warmup_steps": 1}, "balance='measured' does not go with patches=3"),
+        ({"patches": None, "blocks": "freed"}, "blocks='freed' goes with strategy='pipelined' and patches only"),
         ({"codec": "int8"}, "codec='int8' does nothing under strategy='pipelined'"),
     ],
 )

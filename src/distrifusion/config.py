@@ -17,6 +17,7 @@ TextEncoders = Literal["once", "freed", "every"]
 
 Topology = Literal["plane", "ring-x", "torus"]
 Latents = Literal["rows", "whole"]
+Blocks = Literal["every", "freed"]
 
 BUILT: tuple[StrategyName, ...] = ("sync", "displaced", "naive", "shifted", "pipelined")
 """Strategies that this release runs; the other names are reserved and refused with a line that says so."""
@@ -33,7 +34,7 @@ MEASURED = "measured"
 UNCODED: dict[StrategyName, str] = {
     "naive": "exchanges nothing inside the denoiser",
     "shifted": "exchanges nothing inside the denoiser",
-    "pipelined": "has no patches",
+    "pipelined": "sends outputs of blocks",
 }
 """Strategies for which ``codec`` and ``context_window`` do nothing, and why."""
 
@@ -89,6 +90,8 @@ class ParallelConfig:
         patches: of ``pipelined``, transformers only: the picture in so many patches, cut along ``split``, which stream
             through the stages within a step (PipeFusion, arXiv 2405.14430). 1: one after the other, exact. None: all
             stages at the same time, each one step behind the one before. See docs/pipelined.md.
+        blocks: where ``patches`` are given: ``"every"``: each rank keeps all blocks of the model. ``"freed"``: it gives
+            up the memory of other stages' until ``df.restore``, which is collective then.
 
     Raises:
         ConfigError: a value that is not one of these, printed with what would be right.
@@ -111,6 +114,7 @@ class ParallelConfig:
     latents: Latents = "rows"
     pipe: int | None = None
     patches: int | None = None
+    blocks: Blocks = "every"
 
     def __post_init__(self) -> None:
         _one_of("strategy", self.strategy, get_args(StrategyName))
@@ -133,6 +137,12 @@ class ParallelConfig:
             raise ConfigError(
                 f"patches={self.patches} goes with strategy='pipelined' only, not with {self.strategy!r}, where patch= "
                 "is the number of ranks along the picture"
+            )
+        _one_of("blocks", self.blocks, get_args(Blocks))
+        if self.blocks != "every" and self.patches is None:
+            raise ConfigError(
+                f"blocks={self.blocks!r} goes with strategy='pipelined' and patches only: without patches, each rank "
+                "computes the first steps with all blocks"
             )
         if self.patches is not None and self.balance is not None:
             raise ConfigError(
@@ -224,7 +234,7 @@ class ParallelConfig:
 
 
 _OF_SHIFTED = ("shift", "shift_seed", "overlap", "latents")
-_EXTRAS = ("codec", "context_window", "balance", "topology", "shift_seed", "overlap", "latents", "patches")
+_EXTRAS = ("codec", "context_window", "balance", "topology", "shift_seed", "overlap", "latents", "patches", "blocks")
 
 
 def shift_choice(text: str) -> str | int:

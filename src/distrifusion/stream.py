@@ -33,21 +33,28 @@ _SAME_BLOCKS = ": while patches stream, the same blocks run for each of them and
 
 
 class Links:
-    """This rank's place in the chain of stages. What goes to the next rank never waits behind anything else.
+    """This rank's place in the chain of stages, and the way back from its end.
 
-    All ranks of ``comm`` make one at the same time.
+    All ranks make one at the same time.
+
+    Args:
+        comm: those of one branch of guidance, in order of their stages.
+        everyone: all ranks; those of a branch are consecutive.
     """
 
-    def __init__(self, comm: Comm) -> None:
+    def __init__(self, comm: Comm, everyone: Comm) -> None:
         self.comm = comm
+        self._everyone = everyone
         self._under_way: deque[tuple[Pending[None], Tensor]] = deque()
         self._open()
 
     def _open(self) -> None:
-        # A communicator for each pair of neighbours: on an accelerator all messages of one wait for each other in turn.
+        # A communicator for each pair of neighbours, and one for the way back: on an accelerator, all messages of one
+        # wait for each other in turn.
         first, second = (self.comm.split(_pairs(self.comm.world, start)) for start in (0, 1))
         is_even = self.comm.rank % 2 == 0
         self._before, self._after = (second, first) if is_even else (first, second)
+        self.back = Back(self._everyone, self.comm.world)
         self.is_broken = False
 
     def mend(self) -> None:
@@ -78,13 +85,12 @@ class Back:
 
     Args:
         comm: all ranks; those of a branch of guidance are consecutive, in order of their stages.
-        num_branches: of guidance, each with its part of the batch.
+        num_stages: of each branch, which has its part of the batch.
     """
 
-    def __init__(self, comm: Comm, num_branches: int) -> None:
+    def __init__(self, comm: Comm, num_stages: int) -> None:
         self._comm = comm.split([list(range(comm.world))])
-        num_stages = comm.world // num_branches
-        self._lasts = [num_stages * (branch + 1) - 1 for branch in range(num_branches)]
+        self._lasts = list(range(num_stages - 1, comm.world, num_stages))
         self._branch = comm.rank // num_stages
 
     def launch(self, own: Tensor, shares: Sequence[int]) -> Back.Coming:
@@ -251,23 +257,19 @@ class Pass(Named):
         The first pass of a kind teaches all ranks the shapes of what the blocks return: each is told to all.
         """
         course = self._course
-        try:
-            if not self._is_new:
-                self._open()
-                result = model(**arguments)
-                self._close()
-                return result
-            course.made[self._patch] = {}
-            if self._patch is not None:
-                return model(**arguments)
-            with Dataflow() as flow:
-                self._flow = flow
-                result = model(**arguments)
-            course.learn(self._reads, flow.sources(result))
+        if not self._is_new:
+            self._open()
+            result = model(**arguments)
+            self._close()
             return result
-        except BaseException:
-            course.links.is_broken = True
-            raise
+        course.made[self._patch] = {}
+        if self._patch is not None:
+            return model(**arguments)
+        with Dataflow() as flow:
+            self._flow = flow
+            result = model(**arguments)
+        course.learn(self._reads, flow.sources(result))
+        return result
 
     def finish(self) -> bool:
         """See Exchange."""

@@ -99,14 +99,14 @@ class ParallelDenoiser:
         self._conditions = tuple(conditions)
         self._notes = list(notes)
         self._cost = Cost()  # of a feeder, until it is asked for
-        self._strategy = strategy_for(config, self._guidance.patches)
+        self._strategy = strategy_for(config, self._guidance.patches, comm)
         self._holder = FrameHolder()
         self._layers = Attached()
         self._streaming: Streaming | None = None
         if isinstance(self._strategy, Streamed):
             assert config.patches is not None
             self._streaming = Streaming(
-                self._strategy, table, config.patches, self._holder, _DIMS[config.split], self._guidance, comm
+                self._strategy, table, config.patches, self._holder, _DIMS[config.split], self._guidance
             )
         self._pictures = Pictures(self._strategy, timesteps)
         self._timesteps = timesteps
@@ -127,6 +127,8 @@ class ParallelDenoiser:
         self.report = self._new_report()
         self._previous = table.model.__dict__.get("forward")
         self._attach_layers()
+        if isinstance(self._strategy, Streamed):
+            self._strategy.free()
 
         @functools.wraps(self._inner)
         def forward(*args: Any, **kwargs: Any) -> Any:
@@ -175,6 +177,8 @@ class ParallelDenoiser:
             return
         self._is_detached = True
         self._pictures.forget()
+        if isinstance(self._strategy, Streamed):
+            self._strategy.give_back()
         for condition in self._conditions:
             condition.detach()
         self._layers.detach()

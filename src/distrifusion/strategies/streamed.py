@@ -22,6 +22,7 @@ from ..models import Call, Table, stream_layers
 from ..stages import chain
 from ..stream import Back, Course, Links, Pass
 from .base import Joined, State
+from .freed import Freed
 from .guidance import Guidance
 from .patches import Ending, Once, Patches
 
@@ -37,10 +38,12 @@ class Streamed(Joined):
 
     name = "pipelined"
 
-    def __init__(self, config: ParallelConfig, comm: Comm) -> None:
+    def __init__(self, config: ParallelConfig, comm: Comm, everyone: Comm) -> None:
         self._config = config
-        self._links = Links(comm)
+        self._links = Links(comm, everyone)
         self.owners: Sequence[int] = ()  # the stage of each group of units, once the layers are known
+        self._units: list[nn.Module] = []
+        self._freed: list[Freed] = []
 
     def start(self) -> State:
         """See Strategy."""
@@ -66,10 +69,22 @@ class Streamed(Joined):
         comm = self._links.comm
         layers = list(stream_layers(model, comm.world, holder))
         if not self.owners:
-            units = [layer.module for layer in layers if isinstance(layer, StageUnit)]
-            costs = [sum(p.numel() * p.element_size() for p in unit.parameters()) for unit in units]
+            self._units = [layer.module for layer in layers if isinstance(layer, StageUnit)]
+            costs = [sum(p.numel() * p.element_size() for p in unit.parameters()) for unit in self._units]
             self.owners = chain(tuple(costs), comm.world)
         return layers
+
+    def free(self) -> None:
+        """Give up the weights of the blocks of other stages, where the configuration says so, until `give_back`."""
+        if self._config.blocks == "freed":
+            for unit, owner in zip(self._units, self.owners, strict=True):
+                self._freed.append(Freed(unit.parameters(), self._links.comm, owner))
+
+    def give_back(self) -> None:
+        """Every rank has all weights again. Collective where some were freed."""
+        for freed in self._freed:
+            freed.give_back()
+        self._freed.clear()
 
 
 @dataclass(frozen=True)
@@ -94,7 +109,6 @@ class Streaming:
         holder: of the frames.
         dim: along which the picture is cut, see Frame.
         guidance: the ranks of this branch, in order of their stages.
-        comm: all ranks.
     """
 
     def __init__(
@@ -105,13 +119,10 @@ class Streaming:
         holder: FrameHolder,
         dim: int,
         guidance: Guidance,
-        comm: Comm,
     ) -> None:
         self._strategy, self._table, self._holder = strategy, table, holder
         self._num_patches, self._dim = num_patches, dim
         self._guidance = guidance
-        self._num_stages = guidance.patches.world
-        self._back = Back(comm, comm.world // self._num_stages)
         self._ending = Ending()
 
     def start(self) -> None:
@@ -120,7 +131,7 @@ class Streaming:
 
     def output_split(self, size: int) -> Split:
         """Who has which of the prediction's ``size`` rows: the last rank has all."""
-        return Split((*[0] * self._num_stages, size))
+        return Split((*[0] * self._guidance.patches.world, size))
 
     def step(self, call: Call, own_call: Call, state: State, model: Callable[..., Any], *, is_last: bool) -> Flow:
         """One step of ``own_call``, this rank's part of the batch of ``call``.
@@ -131,7 +142,8 @@ class Streaming:
             ConfigError: more patches than rows of tokens.
         """
         assert state.course is not None
-        self._ending.is_over = self._ending.is_over or is_last
+        links = state.course.links
+        was_over, self._ending.is_over = self._ending.is_over, self._ending.is_over or is_last
         is_whole, num_patches = self._strategy.is_whole(state), self._num_patches
         levels = self._levels(own_call, 1 if is_whole else num_patches)
         tokens = self._levels(own_call, num_patches).splits[TOKENS]
@@ -145,6 +157,7 @@ class Streaming:
             x, along = torch.unflatten(x, dim, shape), dim + self._dim - 1
             return [own_rows(x, tokens, patch, along).flatten(dim, dim + 2) for patch in range(num_patches)]
 
+        links.is_broken = True  # until the step has ended
         own: list[Tensor] = []
         coming: list[Back.Coming] = []
         patches: list[int | None] = [None] if is_whole else list(range(num_patches))
@@ -160,12 +173,13 @@ class Streaming:
             own.append(table.fold(result[0], own_call, frame))
             is_open = is_open and self._is_contiguous(result[0], third)
             if is_open:
-                coming.append(self._back.launch(own[-1], shares))
+                coming.append(links.back.launch(own[-1], shares))
                 state.course.note(coming[-1], num_patches)
         # Some wires move a large message only while its sender waits for it: not to be left to the next step.
-        state.course.links.drain()
+        links.drain()
+        links.is_broken = False
         whole = own[0] if is_whole else torch.cat(own, self._dim)
-        kind, note = policy.kind, None if is_last else latents.note
+        kind, note = policy.kind, None if was_over else latents.note
         if not is_open:
             state.course.layout = None
             if not is_whole and not is_last and num_patches > 1:
