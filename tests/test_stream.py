@@ -181,7 +181,7 @@ def test_the_first_stage_is_in_the_next_step_while_the_last_one_is_in_this_one()
     assert torch.equal(*results)
 
 
-@pytest.mark.parametrize("name", ["FLUX", "SD3", "Qwen-Image", "HunyuanDiT", "PixArtSigma", "Sana"])
+@pytest.mark.parametrize("name", ["FLUX", "SD3", "Qwen-Image", "Z-Image", "HunyuanDiT", "PixArtSigma", "Sana"])
 @pytest.mark.parametrize("cfg", [1, 2])
 def test_latents_under_way_are_what_whole_ones_would_be(name: str, cfg: int) -> None:
     make, call = (CASES[name].make, CASES[name].call) if name in CASES else PIPELINES[name]
@@ -193,8 +193,9 @@ def test_latents_under_way_are_what_whole_ones_would_be(name: str, cfg: int) -> 
 
             def and_wait(*args: Any, **kwargs: Any) -> Any:
                 result = forward(*args, **kwargs)
-                value = result[0]
-                return (value.whole() if hasattr(value, "whole") else value,)
+                values = result[0] if isinstance(result[0], list) else [result[0]]
+                values = [value.whole() if hasattr(value, "whole") else value for value in values]
+                return (values if isinstance(result[0], list) else values[0],)
 
             pipe.transformer.forward = and_wait
         result = call(pipe)

@@ -26,6 +26,7 @@ _VIEWS = {
     torch.ops.aten.select.int,
     torch.ops.aten.slice.Tensor,
     torch.ops.aten.split.Tensor,
+    torch.ops.aten.squeeze.dim,
     torch.ops.aten.unbind.int,
     torch.ops.aten.unsqueeze.default,
 }

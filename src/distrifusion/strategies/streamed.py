@@ -95,7 +95,7 @@ class Flow:
     own: Tensor  # [B, C, rows, W] of the whole picture; only the last rank's holds the prediction
     levels: Levels  # of the patches
     kind: str
-    coming: Patches | None = None  # the prediction of the whole batch, where its patches are on their way to all ranks
+    coming: Any = None  # the prediction of the whole batch, where its patches are on their way to all ranks
     note: str | None = None  # what the report is to say
 
 
@@ -185,15 +185,16 @@ class Streaming:
             if not is_whole and not is_last and num_patches > 1:
                 note = f"{_WAITS}: the predictions of this call come as a whole"
             return Flow(result, whole, levels, kind, note=note)
-        made = self._made(result[0], own, coming, sum(shares))
+        is_list = isinstance(result[0], list)
+        made = self._made(result[0][0][None] if is_list else result[0], own, coming, sum(shares))
         state.course.layout = made.cut
-        return Flow(result, whole, levels, kind, made, note)
+        return Flow(result, whole, levels, kind, list(made.unbind()) if is_list else made, note)
 
     def _is_contiguous(self, output: Any, third: int) -> bool:
         """Whether the patches of a prediction lie one after the other along a dim of it."""
-        if not isinstance(output, Tensor) or self._num_patches == 1:
+        if self._num_patches == 1:
             return False
-        return output.ndim > 3 or self._dim == 1 or (self._dim == 2 and third == 1)
+        return isinstance(output, list) or output.ndim > 3 or self._dim == 1 or (self._dim == 2 and third == 1)
 
     def _made(self, like: Tensor, own: list[Tensor], coming: list[Back.Coming], batch: int) -> Patches:
         """The prediction of the whole batch in the form of ``like``, of patches that are under way."""

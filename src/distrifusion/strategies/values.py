@@ -16,6 +16,8 @@ _OF_ONE_DIM = {
     _OPS.select.int: 1,
     _OPS.slice.Tensor: 1,
     _OPS.split.Tensor: 2,
+    _OPS.squeeze.dim: 1,
+    _OPS.stack.default: 1,
     _OPS.unbind.int: 1,
     _OPS.unsqueeze.default: 1,
 }
@@ -79,15 +81,17 @@ def is_along_another(func: Any, args: Any, kwargs: Any, like: Tensor, dim: int) 
         over = args[place] if len(args) > place else kwargs.get("dim")
         is_kept = args[place + 1] if len(args) > place + 1 else kwargs.get("keepdim")
         return bool(over) and bool(is_kept) and all(each % ndim != ndim + dim for each in over)
+    if func is _OPS.repeat.default:
+        return bool(args[1][dim] == 1)
     if func not in _OF_ONE_DIM:
         return False
     place = _OF_ONE_DIM[func]
     given = args[place] if len(args) > place else kwargs.get("dim", 0)
-    ndim += func is _OPS.unsqueeze.default
+    ndim += func in (_OPS.unsqueeze.default, _OPS.stack.default)
     own, along = given % ndim, ndim + dim
     if func is _OPS.slice.Tensor and own == along:  # of all rows
         start, stop = (args[i] if len(args) > i else kwargs.get(name) for i, name in ((2, "start"), (3, "end")))
         step = args[4] if len(args) > 4 else kwargs.get("step", 1)
         return not start and (stop is None or stop >= like.shape[dim]) and step == 1
-    removes = func in (_OPS.select.int, _OPS.unbind.int, _OPS.unsqueeze.default)
-    return own < along or (own > along and not removes)
+    keeps = func in (_OPS.cat.default, _OPS.slice.Tensor, _OPS.split.Tensor)
+    return own < along or (own > along and keeps)
