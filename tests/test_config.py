@@ -25,6 +25,8 @@ def test_the_defaults_are_the_papers() -> None:
         "overlap": 0,
         "latents": "rows",
         "pipe": None,
+        "patches": None,
+        "blocks": "every",
     }
 
 

@@ -124,7 +124,8 @@ sync equals one device (relative L2 <= 1e-5, float32) at worlds 2, 3, 4, 5, rows
 rows of tokens; displaced with a held input equals sync; cfg=2 at 2 and 4: tests/test_transformers.py; videos by \
 frames at 2 to 5: tests/test_transformers_video.py; final latents of whole pipelines, sync and displaced in warm-up, \
 worlds 2 and 3, cfg=2: tests/test_pipelines_cross.py, tests/test_pipelines_joint.py, tests/test_pipelines_video.py; \
-pipelined with a held input equals one device after two steps at world 2: tests/test_pipelined_transformers.py"""
+pipelined with a held input equals one device after two steps at world 2: tests/test_pipelined_transformers.py; \
+in patches that stream, after one more than there are blocks, worlds 2 and 3: tests/test_stream.py"""
 
 
 _VAES = {

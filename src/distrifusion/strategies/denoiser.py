@@ -33,7 +33,8 @@ from .independent import blended
 from .pairs import Pairs, Ran
 from .pictures import Pictures
 from .rows import Rows, Sharing
-from .streamed import Streamed, Streaming
+from .streamed import Streamed
+from .streaming import Streaming
 
 T = TypeVar("T")
 
