@@ -5,8 +5,10 @@ from __future__ import annotations
 import threading
 from collections.abc import Iterator
 from itertools import pairwise
+from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
@@ -14,6 +16,7 @@ from torch import Tensor
 import distrifusion as df
 from distrifusion.comm import Comm
 from distrifusion.metrics import Report
+from distrifusion.painter import Painter, Request, Setup
 from models import build as build_unet
 from models import distance
 from pipelines import NUMPY_WARNINGS, check
@@ -22,6 +25,7 @@ from test_pipelined_transformers import calls, whole
 from test_pipelines_cross import PIPELINES
 from test_pipelines_joint import CASES
 from test_transformers import COLS, EXACT, MODELS, ROWS, first
+from tiny_folders import save
 from transformers_tiny import build
 
 pytestmark = [*NUMPY_WARNINGS, pytest.mark.filterwarnings("ignore:`FluxPosEmbed` is deprecated:FutureWarning")]
@@ -266,6 +270,26 @@ def test_a_rank_holds_the_weights_of_its_stage_only(name: str, world: int) -> No
         assert held <= 1.15 / world * in_all
         assert all(torch.equal(mine, theirs) for mine, theirs in zip(results, wanted, strict=True))
         assert is_back
+
+
+def test_a_folder_is_painted_by_ranks_that_hold_their_stage(tmp_path: Path) -> None:
+    path = str(save("flux", tmp_path / "flux"))
+    words = {"prompt": "a hill", "height": 80, "width": 48, "num_inference_steps": 2, "output_type": "np"}
+    request = Request(3, words)
+    truth = torch.from_numpy(np.asarray(Painter(Setup(path, df.ParallelConfig())).paint(request).images))
+    painters = [Painter(Setup(path, streamed(blocks="freed", warmup_steps=8))) for _ in range(2)]
+
+    def rank(comm: Comm) -> tuple[Tensor, list[bool]]:
+        painter = painters[comm.rank]
+        painter.join(comm)
+        transformer = painter.pipeline.transformer
+        blocks = [*transformer.transformer_blocks, *transformer.single_transformer_blocks]
+        held = [any(weight.numel() for weight in block.parameters()) for block in blocks]
+        return torch.from_numpy(np.asarray(painter.paint(request).images)), held
+
+    ran = df.run_ranks(2, rank)
+    assert all(distance(result, truth) <= EXACT for result, _ in ran)
+    assert all(one != other for one, other in zip(ran[0][1], ran[1][1], strict=True))
 
 
 # --- in place, and errors ---
