@@ -17,9 +17,12 @@ import distrifusion as df
 from distrifusion.comm import Comm
 from distrifusion.metrics import Report
 from distrifusion.painter import Painter, Request, Setup
+from distrifusion.strategies.streaming import Streaming
+from distrifusion.stream import Back, Links, Pass
 from models import build as build_unet
 from models import distance
 from pipelines import NUMPY_WARNINGS, check
+from stream_jobs import paints
 from stream_reference import StreamReference
 from test_pipelined_transformers import calls, whole
 from test_pipelines_cross import PIPELINES
@@ -185,6 +188,69 @@ def test_the_first_stage_is_in_the_next_step_while_the_last_one_is_in_this_one()
     assert torch.equal(*results)
 
 
+@pytest.mark.parametrize(("world", "num_patches"), [(2, 3), (3, 3), (3, 5)])
+def test_stages_stand_still_once_per_picture(world: int, num_patches: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where a pass takes one unit of time on each rank and a message none: M S + N - 1 units, and not M + N - 1 a step.
+
+    The time is reckoned along the messages: a rank goes on when what it waits for was sent.
+    """
+    case, num_steps = CASES["FLUX"], 4  # whose passes go over the links
+    now, begun = dict.fromkeys(range(world), 0), dict.fromkeys(range(world), 0)
+    sent: dict[int, list[int]] = {rank: [] for rank in range(world)}  # at what times, over the link to the next rank
+    heard, launched = dict.fromkeys(range(world), 0), dict.fromkeys(range(world), 0)
+    back: list[int] = []  # at what times patches were done
+
+    def me() -> int:
+        return int(threading.current_thread().name.removeprefix("rank-"))
+
+    send, launch, arrive, step = Links.send, Back.launch, Pass._arrive, Streaming.step
+    numbers: dict[int, int] = {}
+
+    def sends(self: Links, words: Tensor) -> None:
+        now[me()] += 1
+        sent[me()].append(now[me()])
+        send(self, words)
+
+    def launches(self: Back, *args: Any) -> Back.Coming:
+        rank = me()
+        if rank == world - 1:
+            now[rank] += begun[rank] > 2
+            back.append(now[rank])
+        coming = launch(self, *args)
+        numbers[id(coming.pending)], launched[rank] = launched[rank], launched[rank] + 1
+        return coming
+
+    def arrives(self: Pass) -> None:
+        is_awaited = self._arriving is not None
+        arrive(self)
+        if is_awaited:
+            rank = me()
+            now[rank] = max(now[rank], sent[rank - 1][heard[rank]])
+            heard[rank] += 1
+
+    def waits(self: Back.Coming) -> Tensor:
+        self.pending.wait()
+        now[me()] = max(now[me()], back[numbers[id(self.pending)]])
+        return self.parts[0]
+
+    def steps(self: Streaming, *args: Any, **kwargs: Any) -> Any:
+        begun[me()] += 1
+        return step(self, *args, **kwargs)
+
+    monkeypatch.setattr(Links, "send", sends)
+    monkeypatch.setattr(Back, "launch", launches)
+    monkeypatch.setattr(Pass, "_arrive", arrives)
+    monkeypatch.setattr(Back.Coming, "wait", waits)
+    monkeypatch.setattr(Streaming, "step", steps)
+
+    def rank(comm: Comm) -> None:
+        pipe = df.parallelize(case.make(), streamed(patches=num_patches), comm)
+        case.call(pipe, num_inference_steps=2 + num_steps + 1)  # whole, taught shapes; the last one is gathered
+
+    df.run_ranks(world, rank)
+    assert back[-1] == num_patches * num_steps + world - 1
+
+
 @pytest.mark.parametrize("name", ["FLUX", "SD3", "Qwen-Image", "Z-Image", "HunyuanDiT", "PixArtSigma", "Sana"])
 @pytest.mark.parametrize("cfg", [1, 2])
 def test_latents_under_way_are_what_whole_ones_would_be(name: str, cfg: int) -> None:
@@ -234,13 +300,6 @@ def test_two_pictures_in_a_row_are_each_that_of_a_fresh_start() -> None:
     assert results[1].shape != alone.shape
 
 
-def paints(comm: Comm) -> Tensor:
-    case = CASES["FLUX"]
-    with torch.no_grad():
-        return case.call(df.parallelize(case.make(), streamed(), comm), num_inference_steps=4).clone()
-
-
-@pytest.mark.filterwarnings("ignore::UserWarning")
 def test_processes_give_what_threads_give(pool: Any) -> None:
     wanted = df.run_ranks(3, paints)[0]
     assert all(torch.equal(mine, wanted) for mine in pool.run(paints, 3))

@@ -104,10 +104,11 @@ class ParallelDenoiser:
         self._holder = FrameHolder()
         self._layers = Attached()
         self._streaming: Streaming | None = None
-        if isinstance(self._strategy, Streamed):
+        self._streamed = self._strategy if isinstance(self._strategy, Streamed) else None
+        if self._streamed is not None:
             assert config.patches is not None
             self._streaming = Streaming(
-                self._strategy, table, config.patches, self._holder, _DIMS[config.split], self._guidance
+                self._streamed, table, config.patches, self._holder, _DIMS[config.split], self._guidance
             )
         self._pictures = Pictures(self._strategy, timesteps)
         self._timesteps = timesteps
@@ -128,8 +129,8 @@ class ParallelDenoiser:
         self.report = self._new_report()
         self._previous = table.model.__dict__.get("forward")
         self._attach_layers()
-        if isinstance(self._strategy, Streamed):
-            self._strategy.free()
+        if self._streamed is not None:
+            self._streamed.free()
 
         @functools.wraps(self._inner)
         def forward(*args: Any, **kwargs: Any) -> Any:
@@ -178,8 +179,8 @@ class ParallelDenoiser:
             return
         self._is_detached = True
         self._pictures.forget()
-        if isinstance(self._strategy, Streamed):
-            self._strategy.give_back()
+        if self._streamed is not None:
+            self._streamed.give_back()
         for condition in self._conditions:
             condition.detach()
         self._layers.detach()
@@ -412,8 +413,8 @@ class ParallelDenoiser:
         if self._mesh.size("cfg") > 1 and not self._table.splits_guidance():
             raise ConfigError("cfg=2 does not work with PAG, whose branches must share a batch; use cfg=1")
         num_stages = self._mesh.size("pipe")
-        if isinstance(self._strategy, Streamed):
-            self._layers.follow(self._strategy.layers(self.model, self._holder))
+        if self._streamed is not None:
+            self._layers.follow(self._streamed.layers(self.model, self._holder))
             return
         if num_stages > 1:
             self._layers.follow(stage_layers(self.model, num_stages, self._holder))
