@@ -95,7 +95,7 @@ def test_help_and_version_need_no_torch() -> None:
     ("arguments", "line"),
     [
         (["--strategy", "best"], "strategy='best' must be one of 'sync', "),
-        (["--strategy", "tensor"], "strategy='tensor' is not built yet; choose one of "),
+        (["--strategy", "tensor", "--patch", "2"], "patch=2 does not go with strategy='tensor'"),
         (["--cfg", "3"], "cfg=3 must be 1 or 2"),
         (["--nproc", "3", "--cfg", "2"], "a world of 3 does not fit cfg=2"),
         (["--nproc", "0"], "nproc=0 must be"),

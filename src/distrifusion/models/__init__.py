@@ -19,6 +19,7 @@ __all__ = [
     "Table",
     "controlnet_table",
     "is_known",
+    "sliced_layers",
     "stage_layers",
     "supported",
     "table_for",
@@ -83,6 +84,18 @@ def stage_layers(model: Any, num_stages: int, holder: FrameHolder) -> Iterator[L
 
     plan = next((plan for plan in PLANS if type(model) is plan.model), None)
     return units.stage_layers(model, plan, num_stages, holder)
+
+
+def sliced_layers(model: Any, rank: int, num_ranks: int, holder: FrameHolder) -> Iterator[Layer]:
+    """The layers of ``model``, which has a table, of which ``rank`` has a slice of the weights; not attached.
+
+    Raises:
+        ConfigError: fewer heads, groups or features than ranks.
+        UnsupportedModel: a model, or a part of one, that is not known in slices.
+    """
+    from . import slices
+
+    return slices.sliced_layers(model, rank, num_ranks, holder)
 
 
 def is_known(model: Any) -> bool:

@@ -21,7 +21,7 @@ from ..layers import Attached, Frame, FrameHolder
 from ..layers.base import put_rows
 from ..mesh import Mesh
 from ..metrics import Report
-from ..models import Call, Table, stage_layers
+from ..models import Call, Table, sliced_layers, stage_layers
 from . import strategy_for
 from .agreement import check_call, check_latents, probe
 from .balance import Balance
@@ -283,11 +283,13 @@ class ParallelDenoiser:
         else:  # one rank has the whole prediction
             self.report.stages, self.report.balance = stages.names, str(self._config.balance or "even")
             split = stages.output_split(split.size)
+        if self._mesh.size("tensor") > 1:
+            split, own = self._own_share(own)
         return Ran(result, own, split, self._moved)
 
     def _skip(self, before: Ran, call: Call, state: State) -> Ran:
         """See `Pairs`."""
-        if self._mesh.size("pipe") > 1:
+        if self._mesh.size("pipe") > 1 or self._mesh.size("tensor") > 1:
             return before
         split = self._levels(call).splits[0]
         moved = self._moves(call, state, split, is_fed=False)
@@ -297,6 +299,13 @@ class ParallelDenoiser:
             shape[self._dim] = len(moved.window(self._mesh.coordinate(self._comm.rank, "patch")))
             own = own.new_zeros(shape)
         return replace(before, own=own, split=split, moved=moved)
+
+    def _own_share(self, whole: torch.Tensor) -> tuple[Split, torch.Tensor]:
+        """What this rank says of a prediction that all ranks have: some of its rows, so that all say equally much."""
+        num_ranks, rows = self._mesh.size("tensor"), whole.shape[self._dim]
+        split = Split(tuple(rows * place // num_ranks for place in range(num_ranks + 1)))
+        span = split.span(self._mesh.coordinate(self._comm.rank, "tensor"))
+        return split, whole.narrow(self._dim, span.start, len(span))
 
     def _levels(self, call: Call, weights: tuple[float, ...] | None = None) -> Levels:
         """The rows of all ranks at every level, by ``weights``; None: by the present ones."""
@@ -383,6 +392,11 @@ class ParallelDenoiser:
         num_stages = self._mesh.size("pipe")
         if num_stages > 1:
             self._layers.follow(stage_layers(self.model, num_stages, self._holder))
+            return
+        num_slices = self._mesh.size("tensor")
+        if num_slices > 1:
+            place = self._mesh.coordinate(self._comm.rank, "tensor")
+            self._layers.follow(sliced_layers(self.model, place, num_slices, self._holder))
             return
         is_cut = self._mesh.size("patch") > 1
         if not is_cut and not any(self._config.rings):

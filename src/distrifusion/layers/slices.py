@@ -1,0 +1,203 @@
+"""Modules of which every rank has a slice of the weights (tensor parallelism: Megatron-LM, arXiv 1909.08053).
+
+A layer that makes features makes some of them (`Sliced`), what works on each feature or group of features alone works
+on these, and the layer that reads all of them adds up what the ranks have made of theirs (`SummedSlice`): one sum for
+two layers. Every rank has the whole picture, the same input, and the same result.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ..errors import UnsupportedModel
+from ..exchange import Summed
+from ..geometry import Span
+from .base import FrameHolder, Layer
+
+Features = tuple[Span, ...]
+"""Own features of a dim, in order: of one part of it, or of several such as the halves of a gate."""
+
+
+class Sliced(Layer):
+    """A module with own features only of some parameters. It does what its class does, on these.
+
+    The parameters stay the objects they are, with other ``data``. What they had is kept, in the host's memory where
+    they are on an accelerator, and given back by ``detach``, bit for bit.
+
+    Args:
+        slices: of each parameter that is cut, the features, and the dim that they are of.
+        numbers: attributes that say how many features there are, such as ``heads``, and what they are to say.
+    """
+
+    def __init__(
+        self,
+        module: nn.Module,
+        key: str,
+        holder: FrameHolder,
+        *,
+        slices: Mapping[str, tuple[Features, int]] | None = None,
+        numbers: Mapping[str, int] | None = None,
+    ) -> None:
+        super().__init__(module, key, holder)
+        self._slices = dict(slices or {})
+        self._numbers = dict(numbers or {})
+        self._whole: dict[str, Tensor] = {}
+        self._before: dict[str, Any] = {}  # numbers of the whole
+
+    @property
+    def forward(self) -> Callable[..., Any]:
+        """See Layer."""
+        return self._forward
+
+    def _forward(self, *args: Any, **kwargs: Any) -> Any:
+        return self.plain(self.module, *args, **kwargs)
+
+    def attach(self) -> None:
+        """See Layer.
+
+        Raises:
+            UnsupportedModel: also weights of a class of their own (quantised), of which no slice is known.
+        """
+        for name in self._slices:
+            data = getattr(self.module, name).data
+            if type(data) is not Tensor:
+                raise UnsupportedModel(
+                    f"{self.key} ({type(self.module).__name__}): its {name} is a {type(data).__name__}, of which no "
+                    "slice is known; strategy='tensor' takes plain weights"
+                )
+        super().attach()
+        for name, (features, dim) in self._slices.items():
+            parameter = getattr(self.module, name)
+            whole = parameter.data
+            parameter.data = own_features(whole, features, dim)
+            self._whole[name] = whole if whole.device.type in ("cpu", "meta") else whole.to("cpu")
+        for name, number in self._numbers.items():
+            self._before[name] = getattr(self.module, name)
+            setattr(self.module, name, number)
+
+    def detach(self) -> None:
+        """See Layer."""
+        for name, whole in self._whole.items():
+            parameter = getattr(self.module, name)
+            parameter.data = whole.to(parameter.device, parameter.dtype)  # the model may have been moved, or cast
+        for name, number in self._before.items():
+            setattr(self.module, name, number)
+        self._whole.clear()
+        self._before.clear()
+        super().detach()
+
+
+class SummedSlice(Sliced):
+    """A linear layer, or a convolution, of own input features ``[B, tokens, own]`` or ``[B, own, H, W]``.
+
+    Its output is the sum over the ranks, to which the bias is added once, so that no rank's part is heavier.
+    """
+
+    @property
+    def forward(self) -> Callable[..., Any]:
+        """See Layer."""
+        return self._summed
+
+    @torch.compiler.disable  # type: ignore[untyped-decorator]
+    def _summed(self, x: Tensor) -> Tensor:
+        module, is_linear = self.module, isinstance(self.module, nn.Linear)
+        part = F.linear(x, module.weight) if is_linear else module._conv_forward(x, module.weight, None)
+        whole = summed(self).total(self.key, part)
+        if module.bias is None:
+            return whole
+        return whole.add_(module.bias if is_linear else module.bias.view(-1, 1, 1))
+
+
+class JoinedSlice(Sliced):
+    """A convolution that makes own channels, which the ranks then send each other: ``[B, C, H, W]``, all of them.
+
+    Half the bytes of a sum, for layers whose output nobody can go on with in parts.
+
+    Args:
+        sizes: channels of each rank.
+        slices: see Sliced.
+    """
+
+    def __init__(
+        self,
+        module: nn.Module,
+        key: str,
+        holder: FrameHolder,
+        *,
+        sizes: tuple[int, ...],
+        slices: Mapping[str, tuple[Features, int]],
+    ) -> None:
+        super().__init__(module, key, holder, slices=slices)
+        self.sizes = sizes
+
+    @property
+    def forward(self) -> Callable[..., Any]:
+        """See Layer."""
+        return self._joined
+
+    @torch.compiler.disable  # type: ignore[untyped-decorator]
+    def _joined(self, x: Tensor) -> Tensor:
+        own = self.plain(self.module, x)
+        # Channels first, since what travels may differ in the last dim only.
+        parts = summed(self).gather(self.key, [own.contiguous()], self.sizes, 1).wait()
+        return torch.cat([part for (part,) in parts], 1)
+
+
+class SlicedNorm(Sliced):
+    """An RMS norm over the features of all heads, of which ``[B, tokens, own]`` are here.
+
+    Args:
+        size: features in all.
+        slices: see Sliced.
+    """
+
+    def __init__(
+        self,
+        module: nn.Module,
+        key: str,
+        holder: FrameHolder,
+        *,
+        size: int,
+        slices: Mapping[str, tuple[Features, int]],
+    ) -> None:
+        super().__init__(module, key, holder, slices=slices)
+        self._size = size
+
+    @property
+    def forward(self) -> Callable[..., Any]:
+        """See Layer."""
+        return self._normed
+
+    @torch.compiler.disable  # type: ignore[untyped-decorator]
+    def _normed(self, x: Tensor) -> Tensor:
+        squares = x.float().square().sum(-1, keepdim=True)
+        mean = summed(self).total(self.key, squares) / self._size
+        eps = self.module.eps if self.module.eps is not None else torch.finfo(x.dtype).eps
+        return (x.float() * torch.rsqrt(mean + eps)).to(x.dtype) * self.module.weight
+
+
+def summed(layer: Layer) -> Summed:
+    """The present step's policy."""
+    exchange = layer.frame.exchange
+    assert isinstance(exchange, Summed)
+    return exchange
+
+
+def own_features(whole: Tensor, features: Features, dim: int) -> Tensor:
+    """Contiguous; a view of ``whole`` where its memory is so already and nothing is gained by a copy."""
+    parts = [whole.narrow(dim, span.start, len(span)) for span in features]
+    own = parts[0] if len(parts) == 1 else torch.cat(parts, dim)
+    # A view would keep the whole on its accelerator.
+    return own.contiguous() if whole.device.type == "cpu" else own.clone(memory_format=torch.contiguous_format)
+
+
+def number_of(module: Any, name: str) -> Any:
+    """An attribute of a module as it is without slices."""
+    layer = getattr(module.__dict__.get("forward"), "__self__", None)
+    before = layer._before if isinstance(layer, Sliced) else {}
+    return before.get(name, getattr(module, name))

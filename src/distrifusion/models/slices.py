@@ -1,0 +1,366 @@
+"""What of a model is cut into slices of weights, by the classes of its blocks: for strategy='tensor'.
+
+Attention by heads, feed-forward by hidden features, resnets by groups of their second norm, samplers by channels. What
+no rule names runs whole on every rank, with the same input and the same result, so it is always right: embeddings,
+modulations, norms, 1 x 1 convolutions around transformers, shortcuts, the first and the last convolution.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import diffusers
+from diffusers.models import attention_processor as processors
+from diffusers.models.attention import FeedForward
+from diffusers.models.attention_processor import Attention
+from diffusers.models.downsampling import Downsample2D
+from diffusers.models.resnet import ResnetBlock2D
+from diffusers.models.transformers import (
+    auraflow_transformer_2d,
+    sana_transformer,
+    transformer_chroma,
+    transformer_cogview4,
+    transformer_flux,
+    transformer_flux2,
+    transformer_hunyuan_video,
+    transformer_longcat_image,
+    transformer_ovis_image,
+    transformer_qwenimage,
+    transformer_wan,
+    transformer_z_image,
+)
+from diffusers.models.upsampling import Upsample2D
+from torch import nn
+
+from ..errors import ConfigError, UnsupportedModel
+from ..geometry import Span, Split
+from ..layers import FrameHolder, JoinedSlice, Layer, Sliced, SlicedNorm, SummedSlice
+from ..layers.slices import Features, number_of
+from .blocks import PROCESSORS
+from .table import check_module, unsupported
+from .unet import FAMILIES
+
+COVERED: tuple[type[nn.Module], ...] = (
+    *FAMILIES,
+    diffusers.PixArtTransformer2DModel,
+    diffusers.DiTTransformer2DModel,
+    diffusers.HunyuanDiT2DModel,
+    diffusers.SanaTransformer2DModel,
+    diffusers.SD3Transformer2DModel,
+    diffusers.FluxTransformer2DModel,
+    diffusers.ChromaTransformer2DModel,
+    diffusers.OvisImageTransformer2DModel,
+    diffusers.LongCatImageTransformer2DModel,
+    diffusers.Flux2Transformer2DModel,
+    diffusers.QwenImageTransformer2DModel,
+    diffusers.AuraFlowTransformer2DModel,
+    diffusers.CogView3PlusTransformer2DModel,
+    diffusers.CogView4Transformer2DModel,
+    diffusers.ZImageTransformer2DModel,
+    diffusers.WanTransformer3DModel,
+    diffusers.WanVACETransformer3DModel,
+    diffusers.CogVideoXTransformer3DModel,
+    diffusers.HunyuanVideoTransformer3DModel,
+)
+"""Models whose blocks are all known here."""
+
+_BY_HEADS: tuple[type, ...] = (
+    *PROCESSORS,
+    processors.JointAttnProcessor2_0,
+    processors.AuraFlowAttnProcessor2_0,
+    processors.CogVideoXAttnProcessor2_0,
+    processors.HunyuanAttnProcessor2_0,
+    processors.SanaLinearAttnProcessor2_0,
+    sana_transformer.SanaAttnProcessor2_0,
+    transformer_cogview4.CogView4AttnProcessor,
+    transformer_flux.FluxAttnProcessor,
+    transformer_flux2.Flux2AttnProcessor,
+    transformer_flux2.Flux2ParallelSelfAttnProcessor,
+    transformer_hunyuan_video.HunyuanVideoAttnProcessor2_0,
+    transformer_longcat_image.LongCatImageAttnProcessor,
+    transformer_ovis_image.OvisImageAttnProcessor,
+    transformer_qwenimage.QwenDoubleStreamAttnProcessor2_0,
+    transformer_wan.WanAttnProcessor,
+    transformer_z_image.ZSingleStreamAttnProcessor,
+)
+"""Processors that treat each head alone, and ask the module how many there are."""
+
+_MADE_BY_HEADS = ("to_q", "to_k", "to_v", "add_q_proj", "add_k_proj", "add_v_proj")
+_OVER_HEADS = ("norm_q", "norm_k", "norm_added_q", "norm_added_k")
+
+
+def sliced_layers(model: Any, rank: int, num_ranks: int, holder: FrameHolder) -> Iterator[Layer]:
+    """The layers of ``model`` of which ``rank`` has a slice, not attached.
+
+    Raises:
+        ConfigError: fewer heads, groups or features than ranks.
+        UnsupportedModel: a class that is not known in slices, with those that are; or an attention, an adapter or a
+            dropout that would be computed wrongly.
+    """
+    if type(model) not in COVERED:
+        known = ", ".join(each.__name__ for each in COVERED)
+        raise UnsupportedModel(f"strategy='tensor' does not know {type(model).__name__}; it knows {known}")
+    cutter = Cutter(rank, num_ranks, holder)
+    for name, module in model.named_modules():
+        if module is not model:
+            check_module(module, name)
+        rule = _RULES.get(type(module))
+        if rule is not None:
+            yield from rule(cutter, module, name)
+        elif hasattr(module, "processor"):
+            raise unsupported(module, name, "is an attention that is not known in slices of its weights")
+
+
+@dataclass(frozen=True)
+class Cutter:
+    """Makes the layers of one rank."""
+
+    rank: int
+    num_ranks: int
+    holder: FrameHolder
+
+    def own(self, count: int, what: str, name: str) -> Span:
+        """This rank's part of ``count`` things, as even as they go.
+
+        Raises:
+            ConfigError: fewer of them than ranks.
+        """
+        if count < self.num_ranks:
+            raise ConfigError(
+                f"strategy='tensor': {name} has {count} {what}, which {self.num_ranks} ranks cannot share: "
+                f"start at most {count} ranks"
+            )
+        return Split.even(count, self.num_ranks).span(self.rank)
+
+    def made(self, module: Any, name: str, features: Features, **numbers: int) -> Iterator[Layer]:
+        """Own output features of a linear layer or a convolution, and of what a LoRA adds to them."""
+        for key, part in _parts(module, name, "lora_B"):
+            slices = {"weight": (features, 0), **({"bias": (features, 0)} if part.bias is not None else {})}
+            yield Sliced(part, key, self.holder, slices=slices, numbers=numbers)
+
+    def read(self, module: Any, name: str, features: Features) -> Iterator[Layer]:
+        """Own input features of a linear layer or a convolution, and of what a LoRA reads of them."""
+        for key, part in _parts(module, name, "lora_A"):
+            yield SummedSlice(part, key, self.holder, slices={"weight": (features, 1)})
+
+    def numbers(self, module: Any, name: str, **numbers: int) -> Layer:
+        """What a module is to say of its own features."""
+        return Sliced(module, name, self.holder, numbers=numbers)
+
+
+Rule = Callable[[Cutter, Any, str], Iterator[Layer]]
+
+
+def _attention(cut: Cutter, attn: Any, name: str) -> Iterator[Layer]:
+    heads, width, own = _heads(cut, attn, name)
+    for child in _MADE_BY_HEADS:
+        if isinstance(getattr(attn, child, None), nn.Module):
+            yield from cut.made(getattr(attn, child), f"{name}.{child}", (_wide(own, width),))
+    for child in ("to_k_ip", "to_v_ip"):  # of an IP-Adapter
+        for i, each in enumerate(getattr(attn.processor, child, None) or ()):
+            yield from cut.made(each, f"{name}.processor.{child}.{i}", (_wide(own, width),))
+    for child in _OVER_HEADS:
+        yield from _norm(cut, getattr(attn, child, None), f"{name}.{child}", heads * width, (_wide(own, width),))
+    if getattr(attn, "to_out", None) is not None:
+        yield from cut.read(attn.to_out[0], f"{name}.to_out.0", (_wide(own, width),))
+    if isinstance(getattr(attn, "to_add_out", None), nn.Module):
+        yield from cut.read(attn.to_add_out, f"{name}.to_add_out", (_wide(own, width),))
+    yield _own_heads(cut, attn, name, own, width)
+
+
+def _heads(cut: Cutter, attn: Any, name: str) -> tuple[int, int, Span]:
+    """Heads, features of each, and own heads.
+
+    Raises:
+        ConfigError: fewer heads than ranks.
+        UnsupportedModel: a processor that is not known, or heads that share keys.
+    """
+    processor = type(attn.processor)
+    if processor not in _BY_HEADS or getattr(attn, "fused_projections", False):
+        advice = "; call unfuse_qkv_projections()" if getattr(attn, "fused_projections", False) else ""
+        raise unsupported(
+            attn, name, f"has the processor {processor.__name__}, which is not known in slices of its weights{advice}"
+        )
+    heads, inner = number_of(attn, "heads"), number_of(attn, "inner_dim")
+    if number_of(attn, "inner_kv_dim" if hasattr(attn, "inner_kv_dim") else "inner_dim") != inner:
+        raise unsupported(attn, name, "has heads that share keys, which is not known in slices")
+    return heads, inner // heads, cut.own(heads, "heads", name)
+
+
+def _own_heads(cut: Cutter, attn: Any, name: str, own: Span, width: int, **numbers: int) -> Layer:
+    inner = {each: len(own) * width for each in ("inner_dim", "inner_kv_dim") if hasattr(attn, each)}
+    return cut.numbers(attn, name, heads=len(own), **inner, **numbers)
+
+
+def _norm(cut: Cutter, norm: Any, name: str, size: int, own: Features) -> Iterator[Layer]:
+    """Of queries and keys: most are of each head alone."""
+    weight = getattr(norm, "weight", None)
+    shape = getattr(norm, "normalized_shape", None) or getattr(norm, "dim", ())
+    if weight is None or tuple(shape) != (size,):
+        return
+    if not type(norm).__name__.startswith("RMSNorm"):
+        raise unsupported(norm, name, "is over the features of all heads, which is known of RMS norms only")
+    yield SlicedNorm(norm, name, cut.holder, size=size, slices={"weight": (own, 0)})
+
+
+def _feed_forward(cut: Cutter, module: Any, name: str) -> Iterator[Layer]:
+    first, last = module.net[0].proj, module.net[2]
+    yield from _gated(cut, first, f"{name}.net.0.proj", last, f"{name}.net.2", _in_features(last))
+
+
+def _flux2_feed_forward(cut: Cutter, module: Any, name: str) -> Iterator[Layer]:
+    last = module.linear_out
+    yield from _gated(cut, module.linear_in, f"{name}.linear_in", last, f"{name}.linear_out", _in_features(last))
+
+
+def _gated(cut: Cutter, first: Any, first_name: str, last: Any, last_name: str, size: int) -> Iterator[Layer]:
+    """``size`` hidden features between two layers, of which the first one makes as many, or twice for a gate."""
+    own = cut.own(size, "features", first_name)
+    yield from cut.made(first, first_name, _repeated(own, size, _out_features(first) // size))
+    yield from cut.read(last, last_name, (own,))
+
+
+def _three_layers(*names: str) -> Rule:
+    """Of a feed-forward: two layers to hidden features, which are multiplied, and one back."""
+
+    def rule(cut: Cutter, module: Any, name: str) -> Iterator[Layer]:
+        *made, read = names
+        own = cut.own(_in_features(getattr(module, read)), "features", name)
+        for child in made:
+            yield from cut.made(getattr(module, child), f"{name}.{child}", (own,))
+        yield from cut.read(getattr(module, read), f"{name}.{read}", (own,))
+
+    return rule
+
+
+def _sana_feed_forward(cut: Cutter, module: Any, name: str) -> Iterator[Layer]:
+    size = _in_features(module.conv_point)
+    own = cut.own(size, "features", name)
+    both = _repeated(own, size, 2)
+    yield from cut.made(module.conv_inverted, f"{name}.conv_inverted", both)
+    yield from cut.made(module.conv_depth, f"{name}.conv_depth", both, groups=2 * len(own))
+    yield from cut.read(module.conv_point, f"{name}.conv_point", (own,))
+
+
+def _single_block(cut: Cutter, block: Any, name: str) -> Iterator[Layer]:
+    """Attention and feed-forward side by side, with one layer behind both."""
+    heads, width, own = _heads(cut, block.attn, f"{name}.attn")
+    inner = heads * width
+    size = _in_features(block.proj_out) - inner
+    hidden = cut.own(size, "features", f"{name}.proj_mlp")
+    yield from cut.made(
+        block.proj_mlp, f"{name}.proj_mlp", _repeated(hidden, size, _out_features(block.proj_mlp) // size)
+    )
+    yield from cut.read(block.proj_out, f"{name}.proj_out", (_wide(own, width), _behind(hidden, inner)))
+    if hasattr(block, "mlp_hidden_dim"):
+        yield cut.numbers(block, name, mlp_hidden_dim=len(hidden))
+
+
+def _flux2_single(cut: Cutter, attn: Any, name: str) -> Iterator[Layer]:
+    """The same, with one layer before both, too."""
+    heads, width, own = _heads(cut, attn, name)
+    inner, size, factor = heads * width, number_of(attn, "mlp_hidden_dim"), attn.mlp_mult_factor
+    hidden = cut.own(size, "features", name)
+    made = _repeated(_wide(own, width), inner, 3) + tuple(
+        _behind(span, 3 * inner) for span in _repeated(hidden, size, factor)
+    )
+    yield from cut.made(attn.to_qkv_mlp_proj, f"{name}.to_qkv_mlp_proj", made)
+    yield from cut.read(attn.to_out, f"{name}.to_out", (_wide(own, width), _behind(hidden, inner)))
+    yield _own_heads(cut, attn, name, own, width, mlp_hidden_dim=len(hidden))
+
+
+def _resnet(cut: Cutter, block: Any, name: str) -> Iterator[Layer]:
+    """The second norm is between the layers that are cut, so that no group may lie on two ranks."""
+    norm, count = block.norm2, number_of(block.norm2, "num_groups")
+    groups, width = cut.own(count, "groups", f"{name}.norm2"), norm.num_channels // count
+    own = _wide(groups, width)
+    yield from cut.made(block.conv1, f"{name}.conv1", (own,))
+    if block.time_emb_proj is not None:
+        size = norm.num_channels
+        times = _repeated(own, size, _out_features(block.time_emb_proj) // size)
+        yield from cut.made(block.time_emb_proj, f"{name}.time_emb_proj", times)
+    slices = {each: ((own,), 0) for each in ("weight", "bias")}
+    yield Sliced(norm, f"{name}.norm2", cut.holder, slices=slices, numbers={"num_groups": len(groups)})
+    yield from cut.read(block.conv2, f"{name}.conv2", (own,))
+
+
+def _sampler(cut: Cutter, sampler: Any, name: str) -> Iterator[Layer]:
+    for child, module in sampler.named_children():
+        for key, conv in _parts(module, f"{name}.{child}", None):
+            if type(conv) is nn.Conv2d:
+                cut.own(conv.out_channels, "channels", key)
+                split = Split.even(conv.out_channels, cut.num_ranks)
+                own = (split.span(cut.rank),)
+                slices = {"weight": (own, 0), **({"bias": (own, 0)} if conv.bias is not None else {})}
+                yield JoinedSlice(conv, key, cut.holder, sizes=split.sizes, slices=slices)
+
+
+_RULES: dict[type, Rule] = {
+    Attention: _attention,
+    transformer_flux.FluxAttention: _attention,
+    transformer_flux2.Flux2Attention: _attention,
+    transformer_ovis_image.OvisImageAttention: _attention,
+    transformer_longcat_image.LongCatImageAttention: _attention,
+    transformer_wan.WanAttention: _attention,
+    transformer_flux2.Flux2ParallelSelfAttention: _flux2_single,
+    transformer_flux.FluxSingleTransformerBlock: _single_block,
+    transformer_chroma.ChromaSingleTransformerBlock: _single_block,
+    transformer_ovis_image.OvisImageSingleTransformerBlock: _single_block,
+    transformer_longcat_image.LongCatImageSingleTransformerBlock: _single_block,
+    transformer_hunyuan_video.HunyuanVideoSingleTransformerBlock: _single_block,
+    transformer_hunyuan_video.HunyuanVideoTokenReplaceSingleTransformerBlock: _single_block,
+    FeedForward: _feed_forward,
+    transformer_flux2.Flux2FeedForward: _flux2_feed_forward,
+    auraflow_transformer_2d.AuraFlowFeedForward: _three_layers("linear_1", "linear_2", "out_projection"),
+    transformer_z_image.FeedForward: _three_layers("w1", "w3", "w2"),
+    sana_transformer.GLUMBConv: _sana_feed_forward,
+    ResnetBlock2D: _resnet,
+    Upsample2D: _sampler,
+    Downsample2D: _sampler,
+}
+
+
+def _parts(module: Any, name: str, adapter: str | None) -> Iterator[tuple[str, Any]]:
+    """A layer, or what is to be cut of one with a LoRA: the layer within, and the ``adapter`` of the LoRA's halves.
+
+    Raises:
+        UnsupportedModel: another adapter, which may do anything with whole weights.
+    """
+    owner = type(module).__module__
+    if not owner.startswith("peft.tuners."):
+        yield name, module
+        return
+    if owner != "peft.tuners.lora.layer" or any(getattr(module, "use_dora", {}).values()):
+        raise unsupported(module, name, "is an adapter that is not known in slices of weights; known is LoRA")
+    yield f"{name}.base_layer", module.base_layer
+    for kind, each in getattr(module, adapter).items() if adapter is not None else ():
+        yield f"{name}.{adapter}.{kind}", each
+
+
+def _in_features(layer: Any) -> int:
+    """Of a linear layer or a convolution as it is without slices."""
+    base = getattr(layer, "base_layer", layer)
+    return int(base.in_features if isinstance(base, nn.Linear) else base.in_channels)
+
+
+def _out_features(layer: Any) -> int:
+    """See `_in_features`."""
+    base = getattr(layer, "base_layer", layer)
+    return int(base.out_features if isinstance(base, nn.Linear) else base.out_channels)
+
+
+def _wide(span: Span, width: int) -> Span:
+    """The features of some heads, or groups, of ``width``."""
+    return Span(span.start * width, span.stop * width)
+
+
+def _behind(span: Span, size: int) -> Span:
+    """The same features after ``size`` others."""
+    return Span(span.start + size, span.stop + size)
+
+
+def _repeated(span: Span, size: int, times: int) -> Features:
+    """The same features in each of ``times`` equal parts of ``size``."""
+    return tuple(_behind(span, size * i) for i in range(times))
