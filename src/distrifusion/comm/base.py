@@ -63,7 +63,7 @@ class BaseComm:
         if self.world == 2:
             return _sum(self.all_gather(flat, [count, count], kind=kind).wait()).view(own.shape)
         sizes = [count * (rank + 1) // self.world - count * rank // self.world for rank in range(self.world)]
-        pieces = dict(enumerate(flat.split(sizes)))
+        pieces = dict(enumerate(torch.split(flat, sizes)))
         mine = pieces.pop(self.rank)
         heard = {peer: torch.empty_like(mine) for peer in pieces}
         self.swap(pieces, heard, kind=kind).wait()

@@ -32,6 +32,7 @@ class Sliced(Layer):
     Args:
         slices: of each parameter that is cut, the features, and the dim that they are of.
         numbers: attributes that say how many features there are, such as ``heads``, and what they are to say.
+        arguments: arguments by name that are tuples of tensors with all features in their last dim, and own ones.
     """
 
     def __init__(
@@ -42,10 +43,12 @@ class Sliced(Layer):
         *,
         slices: Mapping[str, tuple[Features, int]] | None = None,
         numbers: Mapping[str, int] | None = None,
+        arguments: Mapping[str, Features] | None = None,
     ) -> None:
         super().__init__(module, key, holder)
         self._slices = dict(slices or {})
         self._numbers = dict(numbers or {})
+        self._arguments = dict(arguments or {})
         self._whole: dict[str, Tensor] = {}
         self._before: dict[str, Any] = {}  # numbers of the whole
 
@@ -55,6 +58,9 @@ class Sliced(Layer):
         return self._forward
 
     def _forward(self, *args: Any, **kwargs: Any) -> Any:
+        for name, features in self._arguments.items():
+            if kwargs.get(name) is not None:
+                kwargs[name] = tuple(own_features(each, features, -1) for each in kwargs[name])
         return self.plain(self.module, *args, **kwargs)
 
     def attach(self) -> None:
@@ -101,7 +107,8 @@ class SummedSlice(Sliced):
     @property
     def forward(self) -> Callable[..., Any]:
         """See Layer."""
-        return self._summed
+        forward: Callable[..., Any] = self._summed
+        return forward
 
     @torch.compiler.disable  # type: ignore[untyped-decorator]
     def _summed(self, x: Tensor) -> Tensor:
@@ -138,7 +145,8 @@ class JoinedSlice(Sliced):
     @property
     def forward(self) -> Callable[..., Any]:
         """See Layer."""
-        return self._joined
+        forward: Callable[..., Any] = self._joined
+        return forward
 
     @torch.compiler.disable  # type: ignore[untyped-decorator]
     def _joined(self, x: Tensor) -> Tensor:
@@ -171,14 +179,16 @@ class SlicedNorm(Sliced):
     @property
     def forward(self) -> Callable[..., Any]:
         """See Layer."""
-        return self._normed
+        forward: Callable[..., Any] = self._normed
+        return forward
 
     @torch.compiler.disable  # type: ignore[untyped-decorator]
     def _normed(self, x: Tensor) -> Tensor:
         squares = x.float().square().sum(-1, keepdim=True)
         mean = summed(self).total(self.key, squares) / self._size
         eps = self.module.eps if self.module.eps is not None else torch.finfo(x.dtype).eps
-        return (x.float() * torch.rsqrt(mean + eps)).to(x.dtype) * self.module.weight
+        weight: Tensor = self.module.weight
+        return (x.float() * torch.rsqrt(mean + eps)).to(x.dtype) * weight
 
 
 def summed(layer: Layer) -> Summed:

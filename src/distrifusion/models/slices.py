@@ -13,9 +13,10 @@ from typing import Any
 
 import diffusers
 from diffusers.models import attention_processor as processors
-from diffusers.models.attention import FeedForward
+from diffusers.models.attention import FeedForward, LuminaFeedForward
 from diffusers.models.attention_processor import Attention
 from diffusers.models.downsampling import Downsample2D
+from diffusers.models.normalization import RMSNorm
 from diffusers.models.resnet import ResnetBlock2D
 from diffusers.models.transformers import (
     auraflow_transformer_2d,
@@ -26,6 +27,8 @@ from diffusers.models.transformers import (
     transformer_flux2,
     transformer_hunyuan_video,
     transformer_longcat_image,
+    transformer_ltx,
+    transformer_lumina2,
     transformer_ovis_image,
     transformer_qwenimage,
     transformer_wan,
@@ -58,16 +61,18 @@ COVERED: tuple[type[nn.Module], ...] = (
     diffusers.AuraFlowTransformer2DModel,
     diffusers.CogView3PlusTransformer2DModel,
     diffusers.CogView4Transformer2DModel,
+    diffusers.Lumina2Transformer2DModel,
     diffusers.ZImageTransformer2DModel,
     diffusers.WanTransformer3DModel,
     diffusers.WanVACETransformer3DModel,
+    diffusers.LTXVideoTransformer3DModel,
     diffusers.CogVideoXTransformer3DModel,
     diffusers.HunyuanVideoTransformer3DModel,
 )
 """Models whose blocks are all known here."""
 
 _BY_HEADS: tuple[type, ...] = (
-    *PROCESSORS,
+    *(each for each in PROCESSORS if each is not processors.AttnAddedKVProcessor2_0),
     processors.JointAttnProcessor2_0,
     processors.AuraFlowAttnProcessor2_0,
     processors.CogVideoXAttnProcessor2_0,
@@ -80,6 +85,8 @@ _BY_HEADS: tuple[type, ...] = (
     transformer_flux2.Flux2ParallelSelfAttnProcessor,
     transformer_hunyuan_video.HunyuanVideoAttnProcessor2_0,
     transformer_longcat_image.LongCatImageAttnProcessor,
+    transformer_ltx.LTXVideoAttnProcessor,
+    transformer_lumina2.Lumina2AttnProcessor2_0,
     transformer_ovis_image.OvisImageAttnProcessor,
     transformer_qwenimage.QwenDoubleStreamAttnProcessor2_0,
     transformer_wan.WanAttnProcessor,
@@ -87,8 +94,11 @@ _BY_HEADS: tuple[type, ...] = (
 )
 """Processors that treat each head alone, and ask the module how many there are."""
 
-_MADE_BY_HEADS = ("to_q", "to_k", "to_v", "add_q_proj", "add_k_proj", "add_v_proj")
-_OVER_HEADS = ("norm_q", "norm_k", "norm_added_q", "norm_added_k")
+_ADVICE: dict[type, str] = {
+    processors.AttnAddedKVProcessor2_0: ", since it takes their number from the picture; set AttnAddedKVProcessor()"
+}
+
+_NORMS = (nn.RMSNorm, RMSNorm)
 
 
 def sliced_layers(model: Any, rank: int, num_ranks: int, holder: FrameHolder) -> Iterator[Layer]:
@@ -135,74 +145,92 @@ class Cutter:
         return Split.even(count, self.num_ranks).span(self.rank)
 
     def made(self, module: Any, name: str, features: Features, **numbers: int) -> Iterator[Layer]:
-        """Own output features of a linear layer or a convolution, and of what a LoRA adds to them."""
+        """Own output features of a linear layer or a convolution, if there is one, and of what a LoRA adds to them."""
         for key, part in _parts(module, name, "lora_B"):
             slices = {"weight": (features, 0), **({"bias": (features, 0)} if part.bias is not None else {})}
             yield Sliced(part, key, self.holder, slices=slices, numbers=numbers)
 
     def read(self, module: Any, name: str, features: Features) -> Iterator[Layer]:
-        """Own input features of a linear layer or a convolution, and of what a LoRA reads of them."""
+        """Own input features of a linear layer or a convolution, if there is one, and of what a LoRA reads of them."""
         for key, part in _parts(module, name, "lora_A"):
             yield SummedSlice(part, key, self.holder, slices={"weight": (features, 1)})
-
-    def numbers(self, module: Any, name: str, **numbers: int) -> Layer:
-        """What a module is to say of its own features."""
-        return Sliced(module, name, self.holder, numbers=numbers)
 
 
 Rule = Callable[[Cutter, Any, str], Iterator[Layer]]
 
 
-def _attention(cut: Cutter, attn: Any, name: str) -> Iterator[Layer]:
-    heads, width, own = _heads(cut, attn, name)
-    for child in _MADE_BY_HEADS:
-        if isinstance(getattr(attn, child, None), nn.Module):
-            yield from cut.made(getattr(attn, child), f"{name}.{child}", (_wide(own, width),))
-    for child in ("to_k_ip", "to_v_ip"):  # of an IP-Adapter
-        for i, each in enumerate(getattr(attn.processor, child, None) or ()):
-            yield from cut.made(each, f"{name}.processor.{child}.{i}", (_wide(own, width),))
-    for child in _OVER_HEADS:
-        yield from _norm(cut, getattr(attn, child, None), f"{name}.{child}", heads * width, (_wide(own, width),))
-    if getattr(attn, "to_out", None) is not None:
-        yield from cut.read(attn.to_out[0], f"{name}.to_out.0", (_wide(own, width),))
-    if isinstance(getattr(attn, "to_add_out", None), nn.Module):
-        yield from cut.read(attn.to_add_out, f"{name}.to_add_out", (_wide(own, width),))
-    yield _own_heads(cut, attn, name, own, width)
+@dataclass(frozen=True)
+class _Heads:
+    """Heads of an attention, of ``width`` features. Each of their keys serves ``queries`` of them."""
+
+    inner: int  # features of all heads
+    width: int
+    queries: int
+    own_keys: Span
+
+    @property
+    def features(self) -> Features:
+        """Own features of queries."""
+        return (_wide(self.own_keys, self.queries * self.width),)
+
+    @property
+    def key_features(self) -> Features:
+        """Own features of keys and values."""
+        return (_wide(self.own_keys, self.width),)
+
+    def numbers(self, attn: Any) -> dict[str, int]:
+        """What the attention is to say of its own heads."""
+        num_keys = len(self.own_keys)
+        own = {"heads": num_keys * self.queries, "inner_dim": num_keys * self.queries * self.width}
+        return own | ({"inner_kv_dim": num_keys * self.width} if hasattr(attn, "inner_kv_dim") else {})
 
 
-def _heads(cut: Cutter, attn: Any, name: str) -> tuple[int, int, Span]:
-    """Heads, features of each, and own heads.
+def _heads(cut: Cutter, attn: Any, name: str) -> _Heads:
+    """Own heads.
 
     Raises:
-        ConfigError: fewer heads than ranks.
-        UnsupportedModel: a processor that is not known, or heads that share keys.
+        ConfigError: fewer heads, or keys, than ranks.
+        UnsupportedModel: a processor that is not known.
     """
-    processor = type(attn.processor)
-    if processor not in _BY_HEADS or getattr(attn, "fused_projections", False):
-        advice = "; call unfuse_qkv_projections()" if getattr(attn, "fused_projections", False) else ""
-        raise unsupported(
-            attn, name, f"has the processor {processor.__name__}, which is not known in slices of its weights{advice}"
-        )
+    processor, is_fused = type(attn.processor), getattr(attn, "fused_projections", False)
+    if processor not in _BY_HEADS or is_fused:
+        advice = "; call unfuse_qkv_projections()" if is_fused else _ADVICE.get(processor, "")
+        why = f"has the processor {processor.__name__}, which is not known in slices of the weights{advice}"
+        raise unsupported(attn, name, why)
     heads, inner = number_of(attn, "heads"), number_of(attn, "inner_dim")
-    if number_of(attn, "inner_kv_dim" if hasattr(attn, "inner_kv_dim") else "inner_dim") != inner:
-        raise unsupported(attn, name, "has heads that share keys, which is not known in slices")
-    return heads, inner // heads, cut.own(heads, "heads", name)
+    width = inner // heads
+    num_keys = number_of(attn, "inner_kv_dim") // width if hasattr(attn, "inner_kv_dim") else heads
+    own = cut.own(num_keys, "heads" if num_keys == heads else "heads with keys of their own", name)
+    return _Heads(inner, width, heads // num_keys, own)
 
 
-def _own_heads(cut: Cutter, attn: Any, name: str, own: Span, width: int, **numbers: int) -> Layer:
-    inner = {each: len(own) * width for each in ("inner_dim", "inner_kv_dim") if hasattr(attn, each)}
-    return cut.numbers(attn, name, heads=len(own), **inner, **numbers)
+def _attention(cut: Cutter, attn: Any, name: str) -> Iterator[Layer]:
+    heads = _heads(cut, attn, name)
+    for child in ("to_q", "add_q_proj"):
+        yield from cut.made(getattr(attn, child, None), f"{name}.{child}", heads.features)
+    for child in ("to_k", "to_v", "add_k_proj", "add_v_proj"):
+        yield from cut.made(getattr(attn, child, None), f"{name}.{child}", heads.key_features)
+    for child in ("to_k_ip", "to_v_ip"):  # of an IP-Adapter
+        for i, each in enumerate(getattr(attn.processor, child, None) or ()):
+            yield from cut.made(each, f"{name}.processor.{child}.{i}", heads.key_features)
+    for child in ("norm_q", "norm_k", "norm_added_q", "norm_added_k"):
+        yield from _norm(cut, getattr(attn, child, None), f"{name}.{child}", heads)
+    if getattr(attn, "to_out", None) is not None:
+        yield from cut.read(attn.to_out[0], f"{name}.to_out.0", heads.features)
+    yield from cut.read(getattr(attn, "to_add_out", None), f"{name}.to_add_out", heads.features)
+    # LTX turns queries and keys before it knows their heads.
+    arguments = {"image_rotary_emb": heads.features} if isinstance(attn, transformer_ltx.LTXAttention) else None
+    yield Sliced(attn, name, cut.holder, numbers=heads.numbers(attn), arguments=arguments)
 
 
-def _norm(cut: Cutter, norm: Any, name: str, size: int, own: Features) -> Iterator[Layer]:
-    """Of queries and keys: most are of each head alone."""
-    weight = getattr(norm, "weight", None)
-    shape = getattr(norm, "normalized_shape", None) or getattr(norm, "dim", ())
-    if weight is None or tuple(shape) != (size,):
+def _norm(cut: Cutter, norm: Any, name: str, heads: _Heads) -> Iterator[Layer]:
+    """Of queries or keys: most are over each head alone."""
+    shape = getattr(norm, "normalized_shape", None) or getattr(norm, "dim", None)
+    if norm is None or shape is None or tuple(shape) == (heads.width,):
         return
-    if not type(norm).__name__.startswith("RMSNorm"):
+    if not isinstance(norm, _NORMS) or tuple(shape) != (heads.inner,) or norm.weight is None:
         raise unsupported(norm, name, "is over the features of all heads, which is known of RMS norms only")
-    yield SlicedNorm(norm, name, cut.holder, size=size, slices={"weight": (own, 0)})
+    yield SlicedNorm(norm, name, cut.holder, size=heads.inner, slices={"weight": (heads.features, 0)})
 
 
 def _feed_forward(cut: Cutter, module: Any, name: str) -> Iterator[Layer]:
@@ -246,29 +274,27 @@ def _sana_feed_forward(cut: Cutter, module: Any, name: str) -> Iterator[Layer]:
 
 def _single_block(cut: Cutter, block: Any, name: str) -> Iterator[Layer]:
     """Attention and feed-forward side by side, with one layer behind both."""
-    heads, width, own = _heads(cut, block.attn, f"{name}.attn")
-    inner = heads * width
-    size = _in_features(block.proj_out) - inner
+    heads = _heads(cut, block.attn, f"{name}.attn")
+    size = _in_features(block.proj_out) - heads.inner
     hidden = cut.own(size, "features", f"{name}.proj_mlp")
     yield from cut.made(
         block.proj_mlp, f"{name}.proj_mlp", _repeated(hidden, size, _out_features(block.proj_mlp) // size)
     )
-    yield from cut.read(block.proj_out, f"{name}.proj_out", (_wide(own, width), _behind(hidden, inner)))
+    yield from cut.read(block.proj_out, f"{name}.proj_out", (*heads.features, _behind(hidden, heads.inner)))
     if hasattr(block, "mlp_hidden_dim"):
-        yield cut.numbers(block, name, mlp_hidden_dim=len(hidden))
+        yield Sliced(block, name, cut.holder, numbers={"mlp_hidden_dim": len(hidden)})
 
 
 def _flux2_single(cut: Cutter, attn: Any, name: str) -> Iterator[Layer]:
     """The same, with one layer before both, too."""
-    heads, width, own = _heads(cut, attn, name)
-    inner, size, factor = heads * width, number_of(attn, "mlp_hidden_dim"), attn.mlp_mult_factor
+    heads, size = _heads(cut, attn, name), number_of(attn, "mlp_hidden_dim")
     hidden = cut.own(size, "features", name)
-    made = _repeated(_wide(own, width), inner, 3) + tuple(
-        _behind(span, 3 * inner) for span in _repeated(hidden, size, factor)
-    )
+    made = _repeated(heads.features[0], heads.inner, 3)
+    made += tuple(_behind(span, 3 * heads.inner) for span in _repeated(hidden, size, attn.mlp_mult_factor))
     yield from cut.made(attn.to_qkv_mlp_proj, f"{name}.to_qkv_mlp_proj", made)
-    yield from cut.read(attn.to_out, f"{name}.to_out", (_wide(own, width), _behind(hidden, inner)))
-    yield _own_heads(cut, attn, name, own, width, mlp_hidden_dim=len(hidden))
+    yield from cut.read(attn.to_out, f"{name}.to_out", (*heads.features, _behind(hidden, heads.inner)))
+    # By which its processor divides what was made.
+    yield Sliced(attn, name, cut.holder, numbers={**heads.numbers(attn), "mlp_hidden_dim": len(hidden)})
 
 
 def _resnet(cut: Cutter, block: Any, name: str) -> Iterator[Layer]:
@@ -281,7 +307,7 @@ def _resnet(cut: Cutter, block: Any, name: str) -> Iterator[Layer]:
         size = norm.num_channels
         times = _repeated(own, size, _out_features(block.time_emb_proj) // size)
         yield from cut.made(block.time_emb_proj, f"{name}.time_emb_proj", times)
-    slices = {each: ((own,), 0) for each in ("weight", "bias")}
+    slices = dict.fromkeys(("weight", "bias"), ((own,), 0))
     yield Sliced(norm, f"{name}.norm2", cut.holder, slices=slices, numbers={"num_groups": len(groups)})
     yield from cut.read(block.conv2, f"{name}.conv2", (own,))
 
@@ -303,6 +329,7 @@ _RULES: dict[type, Rule] = {
     transformer_flux2.Flux2Attention: _attention,
     transformer_ovis_image.OvisImageAttention: _attention,
     transformer_longcat_image.LongCatImageAttention: _attention,
+    transformer_ltx.LTXAttention: _attention,
     transformer_wan.WanAttention: _attention,
     transformer_flux2.Flux2ParallelSelfAttention: _flux2_single,
     transformer_flux.FluxSingleTransformerBlock: _single_block,
@@ -314,6 +341,7 @@ _RULES: dict[type, Rule] = {
     FeedForward: _feed_forward,
     transformer_flux2.Flux2FeedForward: _flux2_feed_forward,
     auraflow_transformer_2d.AuraFlowFeedForward: _three_layers("linear_1", "linear_2", "out_projection"),
+    LuminaFeedForward: _three_layers("linear_1", "linear_3", "linear_2"),
     transformer_z_image.FeedForward: _three_layers("w1", "w3", "w2"),
     sana_transformer.GLUMBConv: _sana_feed_forward,
     ResnetBlock2D: _resnet,
@@ -328,6 +356,8 @@ def _parts(module: Any, name: str, adapter: str | None) -> Iterator[tuple[str, A
     Raises:
         UnsupportedModel: another adapter, which may do anything with whole weights.
     """
+    if module is None:
+        return
     owner = type(module).__module__
     if not owner.startswith("peft.tuners."):
         yield name, module
