@@ -152,7 +152,7 @@ class JoinedSlice(Sliced):
     def _joined(self, x: Tensor) -> Tensor:
         own = self.plain(self.module, x)
         # Channels first, since what travels may differ in the last dim only.
-        parts = summed(self).gather(self.key, [own.contiguous()], self.sizes, 1).wait()
+        parts = summed(self).gather(self.key, [own.contiguous()], self.sizes, 1, kind="sum").wait()
         return torch.cat([part for (part,) in parts], 1)
 
 

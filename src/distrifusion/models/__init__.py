@@ -18,6 +18,7 @@ __all__ = [
     "Half",
     "Table",
     "controlnet_table",
+    "fused",
     "is_known",
     "sliced_layers",
     "stage_layers",
@@ -96,6 +97,13 @@ def sliced_layers(model: Any, rank: int, num_ranks: int, holder: FrameHolder) ->
     from . import slices
 
     return slices.sliced_layers(model, rank, num_ranks, holder)
+
+
+def fused(model: Any) -> frozenset[str]:
+    """Names of modules into whose weights an adapter is fused."""
+    from . import slices
+
+    return slices.fused(model)
 
 
 def is_known(model: Any) -> bool:

@@ -123,6 +123,11 @@ def sliced_layers(model: Any, rank: int, num_ranks: int, holder: FrameHolder) ->
             raise unsupported(module, name, "is an attention that is not known in slices of its weights")
 
 
+def fused(model: Any) -> frozenset[str]:
+    """Modules into whose weights an adapter is fused: with slices of them, it is fused into these alone."""
+    return frozenset(name for name, module in model.named_modules() if getattr(module, "merged", False) is True)
+
+
 @dataclass(frozen=True)
 class Cutter:
     """Makes the layers of one rank."""

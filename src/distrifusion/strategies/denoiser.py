@@ -21,7 +21,7 @@ from ..layers import Attached, Frame, FrameHolder
 from ..layers.base import put_rows
 from ..mesh import Mesh
 from ..metrics import Report
-from ..models import Call, Table, sliced_layers, stage_layers
+from ..models import Call, Table, fused, sliced_layers, stage_layers
 from . import strategy_for
 from .agreement import check_call, check_latents, probe
 from .balance import Balance
@@ -119,6 +119,7 @@ class ParallelDenoiser:
         self._compiling = Compiling(table.model, self._inner, wrapper)
         self.report = self._new_report()
         self._previous = table.model.__dict__.get("forward")
+        self._fused = fused(table.model)
         self._attach_layers()
 
         @functools.wraps(self._inner)
@@ -161,6 +162,11 @@ class ParallelDenoiser:
             raise ConfigError(
                 f"{type(found[0]).__name__} was wrapped by another library (offload, casting or cache hooks) after "
                 "df.parallelize; take that off before df.restore"
+            )
+        if self._mesh.size("tensor") > 1 and not self._is_detached and fused(self.model) != self._fused:
+            raise ConfigError(
+                f"a LoRA of {type(self.model).__name__} was fused, or unfused, after df.parallelize, in slices of the "
+                "weights only; take that back before df.restore"
             )
 
     def _detach(self) -> None:
