@@ -7,7 +7,7 @@ two layers. Every rank has the whole picture, the same input, and the same resul
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -110,14 +110,17 @@ class SummedSlice(Sliced):
         forward: Callable[..., Any] = self._summed
         return forward
 
-    @torch.compiler.disable  # type: ignore[untyped-decorator]
     def _summed(self, x: Tensor) -> Tensor:
         module, is_linear = self.module, isinstance(self.module, nn.Linear)
         part = F.linear(x, module.weight) if is_linear else module._conv_forward(x, module.weight, None)
-        whole = summed(self).total(self.key, part)
+        whole = total(self, part)
         if module.bias is None:
             return whole
         return whole.add_(module.bias if is_linear else module.bias.view(-1, 1, 1))
+
+    def answer(self, tensors: list[Tensor], dim: int, question: int) -> Sequence[Tensor]:
+        """See Layer."""
+        return [total(self, tensors[0])]
 
 
 class JoinedSlice(Sliced):
@@ -148,12 +151,19 @@ class JoinedSlice(Sliced):
         forward: Callable[..., Any] = self._joined
         return forward
 
-    @torch.compiler.disable  # type: ignore[untyped-decorator]
     def _joined(self, x: Tensor) -> Tensor:
-        own = self.plain(self.module, x)
-        # Channels first, since what travels may differ in the last dim only.
-        parts = summed(self).gather(self.key, [own.contiguous()], self.sizes, 1, kind="sum").wait()
+        own: Tensor = self.plain(self.module, x)
+        if torch.compiler.is_compiling():
+            return self.ask([own], [sum(self.sizes)], 1)[0]
+        return self._gathered(own)
+
+    def _gathered(self, own: Tensor) -> Tensor:
+        parts = _exchange(self).gather(self.key, [own.contiguous()], self.sizes, 1, kind="sum").wait()
         return torch.cat([part for (part,) in parts], 1)
+
+    def answer(self, tensors: list[Tensor], dim: int, question: int) -> Sequence[Tensor]:
+        """See Layer."""
+        return [self._gathered(tensors[0])]
 
 
 class SlicedNorm(Sliced):
@@ -182,17 +192,25 @@ class SlicedNorm(Sliced):
         forward: Callable[..., Any] = self._normed
         return forward
 
-    @torch.compiler.disable  # type: ignore[untyped-decorator]
     def _normed(self, x: Tensor) -> Tensor:
-        squares = x.float().square().sum(-1, keepdim=True)
-        mean = summed(self).total(self.key, squares) / self._size
+        mean = total(self, x.float().square().sum(-1, keepdim=True)) / self._size
         eps = self.module.eps if self.module.eps is not None else torch.finfo(x.dtype).eps
         weight: Tensor = self.module.weight
         return (x.float() * torch.rsqrt(mean + eps)).to(x.dtype) * weight
 
+    def answer(self, tensors: list[Tensor], dim: int, question: int) -> Sequence[Tensor]:
+        """See Layer."""
+        return [total(self, tensors[0])]
 
-def summed(layer: Layer) -> Summed:
-    """The present step's policy."""
+
+def total(layer: Layer, part: Tensor) -> Tensor:
+    """The sum of all ranks' ``part``."""
+    if torch.compiler.is_compiling():
+        return layer.ask([part], [part.shape[0]], 0)[0]
+    return _exchange(layer).total(layer.key, part)
+
+
+def _exchange(layer: Layer) -> Summed:
     exchange = layer.frame.exchange
     assert isinstance(exchange, Summed)
     return exchange

@@ -118,7 +118,8 @@ def is_known(model: Any) -> bool:
 _MODULES = (
     "sync equals one device (relative L2 <= 1e-5, float32) at worlds 2, 3, 4, 5, 7, rows and columns, batch 1 to 3, \
 odd sizes; displaced with a held input equals sync: tests/test_unet_exact.py; pipelined with a held input equals one \
-device after as many steps as stages, worlds 2 to 7: tests/test_pipelined.py, tests/test_pipelined_pipelines.py"
+device after as many steps as stages, worlds 2 to 7: tests/test_pipelined.py, tests/test_pipelined_pipelines.py; \
+tensor equals one device at worlds 2 to 5, batch 2, heads and groups that the ranks do not divide: tests/test_tensor.py"
 )
 
 
@@ -130,7 +131,8 @@ sync equals one device (relative L2 <= 1e-5, float32) at worlds 2, 3, 4, 5, rows
 rows of tokens; displaced with a held input equals sync; cfg=2 at 2 and 4: tests/test_transformers.py; videos by \
 frames at 2 to 5: tests/test_transformers_video.py; final latents of whole pipelines, sync and displaced in warm-up, \
 worlds 2 and 3, cfg=2: tests/test_pipelines_cross.py, tests/test_pipelines_joint.py, tests/test_pipelines_video.py; \
-pipelined with a held input equals one device after two steps at world 2: tests/test_pipelined_transformers.py"""
+pipelined with a held input equals one device after two steps at world 2: tests/test_pipelined_transformers.py; tensor \
+equals one device at world 2, with 5 heads at 3 and 5, batch 2: tests/test_tensor.py"""
 
 
 _VAES = {

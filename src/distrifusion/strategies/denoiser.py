@@ -20,7 +20,7 @@ from ..geometry import Levels, Moved, Split
 from ..layers import Attached, Frame, FrameHolder
 from ..layers.base import put_rows
 from ..mesh import Mesh
-from ..metrics import Report
+from ..metrics import Report, human_bytes
 from ..models import Call, Table, fused, sliced_layers, stage_layers
 from . import strategy_for
 from .agreement import check_call, check_latents, probe
@@ -117,10 +117,10 @@ class ParallelDenoiser:
         self._is_running = False
         self._inner: Callable[..., Any] = table.model.forward
         self._compiling = Compiling(table.model, self._inner, wrapper)
-        self.report = self._new_report()
         self._previous = table.model.__dict__.get("forward")
-        self._fused = fused(table.model)
+        self._fused, self._num_bytes = fused(table.model), _weights(table.model)  # before there are slices
         self._attach_layers()
+        self.report = self._new_report()
 
         @functools.wraps(self._inner)
         def forward(*args: Any, **kwargs: Any) -> Any:
@@ -441,9 +441,17 @@ class ParallelDenoiser:
             for extra in self._config.extras
         ]
         notes += self._notes + ([self._compiling.note] if self._compiling.note else [])
+        if self._mesh.size("tensor") > 1:
+            held, whole = human_bytes(_weights(self.model)), human_bytes(self._num_bytes)
+            notes.append(f"{held} of {whole} of weights on this rank")
         if self._mesh.size("pipe") > 1 and any(each._compiled_call_impl is not None for each in self.model.modules()):
             notes.append("torch.compile does nothing while pipelined")
         return Report(self._config.strategy, str(self._mesh), self._config.split, notes=notes)
+
+
+def _weights(model: nn.Module) -> int:
+    """Bytes."""
+    return sum(parameter.numel() * parameter.element_size() for parameter in model.parameters())
 
 
 def _has_rows(result: Any) -> bool:
