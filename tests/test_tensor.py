@@ -6,6 +6,7 @@ from collections.abc import Callable
 from functools import cache
 from typing import Any
 
+import diffusers
 import pytest
 import torch
 from diffusers import UNet2DConditionModel
@@ -23,7 +24,8 @@ from distrifusion.models.slices import COVERED
 from distrifusion.planner import Traffic, traffic
 from distrifusion.strategies.anatomy import anatomy_of_slices
 from models import TEXT_DIM, build, conditioning, distance, latents
-from pipelines import drawing
+from pipelines import NUMPY_WARNINGS, controlnet, drawing, picture, sample, sd
+from pipelines import check as pipeline_check
 from test_transformers import COLS, MODELS, ROWS, first
 from transformers_tiny import Tiny
 from transformers_tiny import build as build_transformer
@@ -31,8 +33,8 @@ from transformers_tiny import build as build_transformer
 EXACT = 1e-5  # float32 sums of features in another order
 TENSOR = df.ParallelConfig(strategy="tensor")
 
-# Of diffusers, by its own Chroma.
-pytestmark = pytest.mark.filterwarnings("ignore:`FluxPosEmbed` is deprecated:FutureWarning")
+# The first: of diffusers, by its own Chroma.
+pytestmark = [pytest.mark.filterwarnings("ignore:`FluxPosEmbed` is deprecated:FutureWarning"), *NUMPY_WARNINGS]
 
 Make = Callable[[], Any]
 Call = Callable[[Any], Tensor]
@@ -243,6 +245,17 @@ def test_fewer_bits_are_summed_in_float32(dtype: torch.dtype) -> None:
     alone = distance(cast(nn.Module.to(make(), dtype)), truth)
     for (result,), _ in on_ranks((lambda: nn.Module.to(make(), dtype), cast), 3, steps=1):
         assert distance(result, truth) <= 2 * alone
+
+
+@pytest.mark.parametrize("cfg", [1, 2])
+def test_a_controlnet_runs_whole_on_every_rank(cfg: int) -> None:
+    def make() -> Any:
+        return sd(diffusers.StableDiffusionControlNetPipeline, controlnet=controlnet())
+
+    def call(pipe: Any) -> Tensor:
+        return sample(pipe, image=picture(), num_inference_steps=2, height=..., width=...)
+
+    pipeline_check(make, call, config=df.ParallelConfig(strategy="tensor", cfg=cfg), worlds=(2 * cfg,))
 
 
 # --- weights
