@@ -57,12 +57,13 @@ def main() -> None:
     parser.add_argument("--world", type=int, nargs="+", default=[2, 4], help="ranks (default: 2 4)")
     order = parser.parse_args()
     with torch.device("meta"):
-        model = UNet2DConditionModel(**SHAPES[order.model]).to(torch.float16).eval()
+        model = torch.nn.Module.to(UNet2DConditionModel(**SHAPES[order.model]), torch.float16).eval()
     for size in order.size:
         arguments = call(model, size)
         table = table_for(model)
         patches, slices = anatomy_of(model, **arguments), anatomy_of_slices(model, **arguments)
-        print(f"\n{order.model}, {size} px, of rank 0 in a step\n\n| ranks | strategy | messages | bytes |\n|---|---|---|---|")
+        print(f"\n{order.model}, {size} px, of rank 0 in a step\n")
+        print("| ranks | strategy | messages | bytes |\n|---|---|---|---|")
         for world in order.world:
             levels = table.levels(size // LATENT, size // LATENT, (1.0,) * world, 2)
             for strategy in ("displaced", "sync", "tensor"):

@@ -186,7 +186,9 @@ def sums(comm: Comm, count: int) -> list[Any]:
     own = numbers(comm.rank, size=6 * count).view(count, 3, 2).transpose(0, 2)[:, 1] / 7
     before = own.clone()
     total = comm.all_reduce(own, kind="sum")
-    wanted = sum(numbers(rank, size=6 * count).view(count, 3, 2).transpose(0, 2)[:, 1] / 7 for rank in range(comm.world))
+    wanted = sum(
+        numbers(rank, size=6 * count).view(count, 3, 2).transpose(0, 2)[:, 1] / 7 for rank in range(comm.world)
+    )
     assert torch.equal(own, before)
     assert total.data_ptr() != own.data_ptr()
     assert total.shape == own.shape

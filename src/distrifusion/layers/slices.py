@@ -27,7 +27,8 @@ class Sliced(Layer):
     """A module with own features only of some parameters. It does what its class does, on these.
 
     The parameters stay the objects they are, with other ``data``. What they had is kept, in the host's memory where
-    they are on an accelerator, and given back by ``detach``, bit for bit.
+    they are on an accelerator, and given back by ``detach``, bit for bit. Not freed altogether: a rank must be able to
+    give back the model when its peers are gone.
 
     Args:
         slices: of each parameter that is cut, the features, and the dim that they are of.
@@ -217,11 +218,12 @@ def _exchange(layer: Layer) -> Summed:
 
 
 def own_features(whole: Tensor, features: Features, dim: int) -> Tensor:
-    """Contiguous; a view of ``whole`` where its memory is so already and nothing is gained by a copy."""
+    """Those of ``features`` along ``dim``: on the CPU a view of ``whole`` where they are of one piece."""
     parts = [whole.narrow(dim, span.start, len(span)) for span in features]
-    own = parts[0] if len(parts) == 1 else torch.cat(parts, dim)
-    # A view would keep the whole on its accelerator.
-    return own.contiguous() if whole.device.type == "cpu" else own.clone(memory_format=torch.contiguous_format)
+    if len(parts) > 1:
+        return torch.cat(parts, dim)
+    # Elsewhere a view would keep the whole where memory is scarce.
+    return parts[0] if whole.device.type == "cpu" else parts[0].clone(memory_format=torch.contiguous_format)
 
 
 def number_of(module: Any, name: str) -> Any:

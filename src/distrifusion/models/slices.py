@@ -37,11 +37,12 @@ from diffusers.models.transformers import (
 from diffusers.models.upsampling import Upsample2D
 from torch import nn
 
-from ..errors import ConfigError, UnsupportedModel
+from ..errors import UnsupportedModel
 from ..geometry import Span, Split
-from ..layers import FrameHolder, JoinedSlice, Layer, Sliced, SlicedNorm, SummedSlice
+from ..layers import FrameHolder, JoinedSlice, Layer, Sliced, SlicedNorm
 from ..layers.slices import Features, number_of
 from .blocks import PROCESSORS
+from .cutter import Cutter, behind, in_features, out_features, parts, repeated, wide
 from .table import check_module, unsupported
 from .unet import FAMILIES
 
@@ -128,39 +129,6 @@ def fused(model: Any) -> frozenset[str]:
     return frozenset(name for name, module in model.named_modules() if getattr(module, "merged", False) is True)
 
 
-@dataclass(frozen=True)
-class Cutter:
-    """Makes the layers of one rank."""
-
-    rank: int
-    num_ranks: int
-    holder: FrameHolder
-
-    def own(self, count: int, what: str, name: str) -> Span:
-        """This rank's part of ``count`` things, as even as they go.
-
-        Raises:
-            ConfigError: fewer of them than ranks.
-        """
-        if count < self.num_ranks:
-            raise ConfigError(
-                f"strategy='tensor': {name} has {count} {what}, which {self.num_ranks} ranks cannot share: "
-                f"start at most {count} ranks"
-            )
-        return Split.even(count, self.num_ranks).span(self.rank)
-
-    def made(self, module: Any, name: str, features: Features, **numbers: int) -> Iterator[Layer]:
-        """Own output features of a linear layer or a convolution, if there is one, and of what a LoRA adds to them."""
-        for key, part in _parts(module, name, "lora_B"):
-            slices = {"weight": (features, 0), **({"bias": (features, 0)} if part.bias is not None else {})}
-            yield Sliced(part, key, self.holder, slices=slices, numbers=numbers)
-
-    def read(self, module: Any, name: str, features: Features) -> Iterator[Layer]:
-        """Own input features of a linear layer or a convolution, if there is one, and of what a LoRA reads of them."""
-        for key, part in _parts(module, name, "lora_A"):
-            yield SummedSlice(part, key, self.holder, slices={"weight": (features, 1)})
-
-
 Rule = Callable[[Cutter, Any, str], Iterator[Layer]]
 
 
@@ -176,12 +144,12 @@ class _Heads:
     @property
     def features(self) -> Features:
         """Own features of queries."""
-        return (_wide(self.own_keys, self.queries * self.width),)
+        return (wide(self.own_keys, self.queries * self.width),)
 
     @property
     def key_features(self) -> Features:
         """Own features of keys and values."""
-        return (_wide(self.own_keys, self.width),)
+        return (wide(self.own_keys, self.width),)
 
     def numbers(self, attn: Any) -> dict[str, int]:
         """What the attention is to say of its own heads."""
@@ -231,61 +199,43 @@ def _attention(cut: Cutter, attn: Any, name: str) -> Iterator[Layer]:
 def _norm(cut: Cutter, norm: Any, name: str, heads: _Heads) -> Iterator[Layer]:
     """Of queries or keys: most are over each head alone."""
     shape = getattr(norm, "normalized_shape", None) or getattr(norm, "dim", None)
-    if norm is None or shape is None or tuple(shape) == (heads.width,):
+    if not isinstance(shape, tuple) or shape == (heads.width,):
         return
-    if not isinstance(norm, _NORMS) or tuple(shape) != (heads.inner,) or norm.weight is None:
+    if not isinstance(norm, _NORMS) or shape != (heads.inner,) or norm.weight is None:
         raise unsupported(norm, name, "is over the features of all heads, which is known of RMS norms only")
     yield SlicedNorm(norm, name, cut.holder, size=heads.inner, slices={"weight": (heads.features, 0)})
 
 
-def _feed_forward(cut: Cutter, module: Any, name: str) -> Iterator[Layer]:
-    first, last = module.net[0].proj, module.net[2]
-    yield from _gated(cut, first, f"{name}.net.0.proj", last, f"{name}.net.2", _in_features(last))
-
-
-def _flux2_feed_forward(cut: Cutter, module: Any, name: str) -> Iterator[Layer]:
-    last = module.linear_out
-    yield from _gated(cut, module.linear_in, f"{name}.linear_in", last, f"{name}.linear_out", _in_features(last))
-
-
-def _gated(cut: Cutter, first: Any, first_name: str, last: Any, last_name: str, size: int) -> Iterator[Layer]:
-    """``size`` hidden features between two layers, of which the first one makes as many, or twice for a gate."""
-    own = cut.own(size, "features", first_name)
-    yield from cut.made(first, first_name, _repeated(own, size, _out_features(first) // size))
-    yield from cut.read(last, last_name, (own,))
-
-
-def _three_layers(*names: str) -> Rule:
-    """Of a feed-forward: two layers to hidden features, which are multiplied, and one back."""
+def _between(*names: str) -> Rule:
+    """Of a feed-forward: layers to its hidden features, or to twice as many for a gate; the last one reads them."""
+    *made, read = names
 
     def rule(cut: Cutter, module: Any, name: str) -> Iterator[Layer]:
-        *made, read = names
-        own = cut.own(_in_features(getattr(module, read)), "features", name)
+        size = in_features(module.get_submodule(read))
+        own = cut.own(size, "features", name)
         for child in made:
-            yield from cut.made(getattr(module, child), f"{name}.{child}", (own,))
-        yield from cut.read(getattr(module, read), f"{name}.{read}", (own,))
+            layer = module.get_submodule(child)
+            yield from cut.made(layer, f"{name}.{child}", repeated(own, size, out_features(layer) // size))
+        yield from cut.read(module.get_submodule(read), f"{name}.{read}", (own,))
 
     return rule
 
 
 def _sana_feed_forward(cut: Cutter, module: Any, name: str) -> Iterator[Layer]:
-    size = _in_features(module.conv_point)
-    own = cut.own(size, "features", name)
-    both = _repeated(own, size, 2)
-    yield from cut.made(module.conv_inverted, f"{name}.conv_inverted", both)
-    yield from cut.made(module.conv_depth, f"{name}.conv_depth", both, groups=2 * len(own))
-    yield from cut.read(module.conv_point, f"{name}.conv_point", (own,))
+    yield from _between("conv_inverted", "conv_point")(cut, module, name)
+    size = in_features(module.conv_point)
+    own = repeated(cut.own(size, "features", name), size, 2)
+    yield from cut.made(module.conv_depth, f"{name}.conv_depth", own, groups=sum(map(len, own)))
 
 
 def _single_block(cut: Cutter, block: Any, name: str) -> Iterator[Layer]:
     """Attention and feed-forward side by side, with one layer behind both."""
     heads = _heads(cut, block.attn, f"{name}.attn")
-    size = _in_features(block.proj_out) - heads.inner
+    size = in_features(block.proj_out) - heads.inner
     hidden = cut.own(size, "features", f"{name}.proj_mlp")
-    yield from cut.made(
-        block.proj_mlp, f"{name}.proj_mlp", _repeated(hidden, size, _out_features(block.proj_mlp) // size)
-    )
-    yield from cut.read(block.proj_out, f"{name}.proj_out", (*heads.features, _behind(hidden, heads.inner)))
+    made = repeated(hidden, size, out_features(block.proj_mlp) // size)
+    yield from cut.made(block.proj_mlp, f"{name}.proj_mlp", made)
+    yield from cut.read(block.proj_out, f"{name}.proj_out", (*heads.features, behind(hidden, heads.inner)))
     if hasattr(block, "mlp_hidden_dim"):
         yield Sliced(block, name, cut.holder, numbers={"mlp_hidden_dim": len(hidden)})
 
@@ -294,10 +244,10 @@ def _flux2_single(cut: Cutter, attn: Any, name: str) -> Iterator[Layer]:
     """The same, with one layer before both, too."""
     heads, size = _heads(cut, attn, name), number_of(attn, "mlp_hidden_dim")
     hidden = cut.own(size, "features", name)
-    made = _repeated(heads.features[0], heads.inner, 3)
-    made += tuple(_behind(span, 3 * heads.inner) for span in _repeated(hidden, size, attn.mlp_mult_factor))
+    made = repeated(heads.features[0], heads.inner, 3)
+    made += tuple(behind(span, 3 * heads.inner) for span in repeated(hidden, size, attn.mlp_mult_factor))
     yield from cut.made(attn.to_qkv_mlp_proj, f"{name}.to_qkv_mlp_proj", made)
-    yield from cut.read(attn.to_out, f"{name}.to_out", (*heads.features, _behind(hidden, heads.inner)))
+    yield from cut.read(attn.to_out, f"{name}.to_out", (*heads.features, behind(hidden, heads.inner)))
     # By which its processor divides what was made.
     yield Sliced(attn, name, cut.holder, numbers={**heads.numbers(attn), "mlp_hidden_dim": len(hidden)})
 
@@ -306,11 +256,11 @@ def _resnet(cut: Cutter, block: Any, name: str) -> Iterator[Layer]:
     """The second norm is between the layers that are cut, so that no group may lie on two ranks."""
     norm, count = block.norm2, number_of(block.norm2, "num_groups")
     groups, width = cut.own(count, "groups", f"{name}.norm2"), norm.num_channels // count
-    own = _wide(groups, width)
+    own = wide(groups, width)
     yield from cut.made(block.conv1, f"{name}.conv1", (own,))
     if block.time_emb_proj is not None:
         size = norm.num_channels
-        times = _repeated(own, size, _out_features(block.time_emb_proj) // size)
+        times = repeated(own, size, out_features(block.time_emb_proj) // size)
         yield from cut.made(block.time_emb_proj, f"{name}.time_emb_proj", times)
     slices = dict.fromkeys(("weight", "bias"), ((own,), 0))
     yield Sliced(norm, f"{name}.norm2", cut.holder, slices=slices, numbers={"num_groups": len(groups)})
@@ -319,13 +269,13 @@ def _resnet(cut: Cutter, block: Any, name: str) -> Iterator[Layer]:
 
 def _sampler(cut: Cutter, sampler: Any, name: str) -> Iterator[Layer]:
     for child, module in sampler.named_children():
-        for key, conv in _parts(module, f"{name}.{child}", None):
-            if type(conv) is nn.Conv2d:
-                cut.own(conv.out_channels, "channels", key)
-                split = Split.even(conv.out_channels, cut.num_ranks)
-                own = (split.span(cut.rank),)
-                slices = {"weight": (own, 0), **({"bias": (own, 0)} if conv.bias is not None else {})}
-                yield JoinedSlice(conv, key, cut.holder, sizes=split.sizes, slices=slices)
+        if not isinstance(getattr(module, "base_layer", module), nn.Conv2d):
+            continue  # pooling, a norm, a transposed convolution
+        for key, conv in parts(module, f"{name}.{child}", None):
+            own = (cut.own(conv.out_channels, "channels", key),)
+            slices = {"weight": (own, 0), **({"bias": (own, 0)} if conv.bias is not None else {})}
+            sizes = Split.even(conv.out_channels, cut.num_ranks).sizes
+            yield JoinedSlice(conv, key, cut.holder, sizes=sizes, slices=slices)
 
 
 _RULES: dict[type, Rule] = {
@@ -343,59 +293,13 @@ _RULES: dict[type, Rule] = {
     transformer_longcat_image.LongCatImageSingleTransformerBlock: _single_block,
     transformer_hunyuan_video.HunyuanVideoSingleTransformerBlock: _single_block,
     transformer_hunyuan_video.HunyuanVideoTokenReplaceSingleTransformerBlock: _single_block,
-    FeedForward: _feed_forward,
-    transformer_flux2.Flux2FeedForward: _flux2_feed_forward,
-    auraflow_transformer_2d.AuraFlowFeedForward: _three_layers("linear_1", "linear_2", "out_projection"),
-    LuminaFeedForward: _three_layers("linear_1", "linear_3", "linear_2"),
-    transformer_z_image.FeedForward: _three_layers("w1", "w3", "w2"),
+    FeedForward: _between("net.0.proj", "net.2"),
+    transformer_flux2.Flux2FeedForward: _between("linear_in", "linear_out"),
+    auraflow_transformer_2d.AuraFlowFeedForward: _between("linear_1", "linear_2", "out_projection"),
+    LuminaFeedForward: _between("linear_1", "linear_3", "linear_2"),
+    transformer_z_image.FeedForward: _between("w1", "w3", "w2"),
     sana_transformer.GLUMBConv: _sana_feed_forward,
     ResnetBlock2D: _resnet,
     Upsample2D: _sampler,
     Downsample2D: _sampler,
 }
-
-
-def _parts(module: Any, name: str, adapter: str | None) -> Iterator[tuple[str, Any]]:
-    """A layer, or what is to be cut of one with a LoRA: the layer within, and the ``adapter`` of the LoRA's halves.
-
-    Raises:
-        UnsupportedModel: another adapter, which may do anything with whole weights.
-    """
-    if module is None:
-        return
-    owner = type(module).__module__
-    if not owner.startswith("peft.tuners."):
-        yield name, module
-        return
-    if owner != "peft.tuners.lora.layer" or any(getattr(module, "use_dora", {}).values()):
-        raise unsupported(module, name, "is an adapter that is not known in slices of weights; known is LoRA")
-    yield f"{name}.base_layer", module.base_layer
-    for kind, each in getattr(module, adapter).items() if adapter is not None else ():
-        yield f"{name}.{adapter}.{kind}", each
-
-
-def _in_features(layer: Any) -> int:
-    """Of a linear layer or a convolution as it is without slices."""
-    base = getattr(layer, "base_layer", layer)
-    return int(base.in_features if isinstance(base, nn.Linear) else base.in_channels)
-
-
-def _out_features(layer: Any) -> int:
-    """See `_in_features`."""
-    base = getattr(layer, "base_layer", layer)
-    return int(base.out_features if isinstance(base, nn.Linear) else base.out_channels)
-
-
-def _wide(span: Span, width: int) -> Span:
-    """The features of some heads, or groups, of ``width``."""
-    return Span(span.start * width, span.stop * width)
-
-
-def _behind(span: Span, size: int) -> Span:
-    """The same features after ``size`` others."""
-    return Span(span.start + size, span.stop + size)
-
-
-def _repeated(span: Span, size: int, times: int) -> Features:
-    """The same features in each of ``times`` equal parts of ``size``."""
-    return tuple(_behind(span, size * i) for i in range(times))

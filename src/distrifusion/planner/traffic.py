@@ -148,8 +148,8 @@ def traffic(
     said = Traffic()
     if config.strategy == "tensor":
         _summed(said, anatomy, share, rank % num_patches, num_patches)
-    stands_alone = config.strategy in ("naive", "tensor") or (config.strategy == "shifted" and step >= config.warmup_steps)
-    if num_patches > 1 and not stands_alone:
+    stands_alone = config.strategy == "naive" or (config.strategy == "shifted" and step >= config.warmup_steps)
+    if num_patches > 1 and not stands_alone and config.strategy != "tensor":
         ranks = [_Rank(anatomy, levels, config, share, patch) for patch in range(num_patches)]
         own = ranks[rank % num_patches]
         if config.strategy == "displaced" and step > config.warmup_steps:
