@@ -73,12 +73,27 @@ def test_a_case_says_all_of_itself_and_comes_back_from_json() -> None:
         ({"split": "diagonal"}, "split='diagonal'"),
         ({"strategies": ["naive"], "codecs": ["int3"]}, "codec='int3'"),
         ({"strategies": ["naive"], "context_windows": [2.0]}, "context_window=2.0"),
+        ({"shifts": ["silver"]}, "shift='silver'"),
+        ({"overlaps": [-1]}, "overlap=-1"),
     ],
 )
 def test_a_value_that_cannot_be_is_named(changes: dict[str, object], said: str) -> None:
     given = {"strategies": ["displaced"], "worlds": [2], "steps": [4], "warmup_steps": [4], "group_norms": ["stale"]}
     with pytest.raises(df.ConfigError, match=said):
         cases_for(**{**given, **changes})  # type: ignore[arg-type]
+
+
+def test_only_shifted_is_multiplied_by_how_its_borders_move() -> None:
+    cases = cases_for(["naive", "shifted"], [2], [4], [4], ["corrected"], shifts=["golden", 3], overlaps=[0, 2])
+    assert [case.strategy for case in cases] == ["naive"] + ["shifted"] * 4
+    assert {(case.config.shift, case.config.overlap) for case in cases[1:]} == {
+        ("golden", 0),
+        ("golden", 2),
+        (3, 0),
+        (3, 2),
+    }
+    assert len({case.name for case in cases}) == len({case.title for case in cases}) == 5
+    assert [case_of(as_facts(case)) for case in cases] == list(cases)
 
 
 def test_prompts_come_from_a_file_the_options_or_along(tmp_path: Path) -> None:

@@ -49,6 +49,10 @@ def compare(
     context_window: Annotated[
         list[float] | None, typer.Option(help="Of sync and displaced, see generate; may be given again.")
     ] = None,
+    shift: Annotated[
+        list[str] | None, typer.Option(help="Of shifted, see generate; may be given again. Default: golden.")
+    ] = None,
+    overlap: Annotated[list[int] | None, typer.Option(help="Of shifted; may be given again. Default: 0.")] = None,
     split: Annotated[str, typer.Option(help="rows or cols of the picture.")] = "rows",
     cfg: Annotated[int, typer.Option(help="2: the branches of guidance on separate ranks.")] = 1,
     height: Annotated[int | None, typer.Option(help="Pixels; without it, the model's own.")] = None,
@@ -80,7 +84,7 @@ def compare(
     """
     from ..checkpoint import find
     from ..choices import check_device, dtype_name
-    from ..config import codec_choices
+    from ..config import codec_choices, shift_choice
     from .output import Output
     from .plan import Plan, cases_for, default_guidance, read_prompts
     from .summary import table
@@ -101,6 +105,8 @@ def compare(
             cfg,
             codec_choices(codec or ["none"]),
             context_window or [None],
+            [shift_choice(text) for text in shift or []] or [None],
+            overlap or [None],
         )
         texts = read_prompts(prompts, prompt, model is None, limit)
         if jobs is not None and jobs < 1:

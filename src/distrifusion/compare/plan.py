@@ -25,8 +25,8 @@ _SAMPLE = 1 << 20  # bytes at each end of a file that its fingerprint reads
 class Case:
     """One way to paint all prompts. ``strategy`` None is one device, which the others are measured against.
 
-    ``warmup_steps`` and ``group_norm`` are None where the strategy has no such setting, ``codec`` and
-    ``context_window`` also where they were not asked for.
+    ``warmup_steps`` and ``group_norm`` are None where the strategy has no such setting; ``codec``, ``context_window``,
+    ``shift`` and ``overlap`` also where they were not asked for.
     """
 
     strategy: StrategyName | None
@@ -38,6 +38,8 @@ class Case:
     cfg: int = 1
     codec: str | None = None
     context_window: float | None = None
+    shift: str | int | None = None
+    overlap: int | None = None
 
     @property
     def name(self) -> str:
@@ -49,6 +51,8 @@ class Case:
         parts += [self.group_norm] if self.group_norm is not None else []
         parts += [self.codec.replace("=", "-").replace(",", "-")] if self.codec is not None else []
         parts += [f"window-{self.context_window:g}"] if self.context_window is not None else []
+        parts += [f"shift-{self.shift}"] if self.shift is not None else []
+        parts += [f"overlap-{self.overlap}"] if self.overlap is not None else []
         parts += ["cols"] if self.split == "cols" else []
         return "-".join(parts + (["cfg-2"] if self.cfg == 2 else []))
 
@@ -62,6 +66,8 @@ class Case:
         parts += [f"{self.group_norm} norm"] if self.group_norm is not None else []
         parts += [self.codec.replace(",", " ")] if self.codec is not None else []
         parts += [f"window {self.context_window:g}"] if self.context_window is not None else []
+        parts += [f"shift {self.shift}"] if self.shift is not None else []
+        parts += [f"overlap {self.overlap}"] if self.overlap is not None else []
         parts += ["cols"] if self.split == "cols" else []
         return ", ".join(parts + (["cfg 2"] if self.cfg == 2 else []))
 
@@ -73,7 +79,7 @@ class Case:
             ConfigError: a value that cannot be.
         """
         assert self.strategy is not None, "one device spreads nothing"
-        names = ("warmup_steps", "group_norm", "codec", "context_window")
+        names = ("warmup_steps", "group_norm", "codec", "context_window", "shift", "overlap")
         given = {name: getattr(self, name) for name in names}
         chosen: dict[str, Any] = {name: value for name, value in given.items() if value is not None}
         if self.strategy == "shifted":
@@ -92,7 +98,7 @@ class Case:
         codec = sorted(map(CODECS.index, self.config.codecs.values())) if self.strategy is not None else []
         window = 2.0 if self.context_window is None else self.context_window
         first = (self.steps, place, self.world, self.warmup_steps or 0, self.group_norm or "")
-        return *first, codec, self.codec or "", -window, self.split, self.cfg
+        return *first, codec, self.codec or "", -window, str(self.shift or ""), self.overlap or 0, self.split, self.cfg
 
 
 def cases_for(
@@ -105,6 +111,8 @@ def cases_for(
     cfg: int = 1,
     codecs: Iterable[str | None] = (None,),
     context_windows: Iterable[float | None] = (None,),
+    shifts: Iterable[str | int | None] = (None,),
+    overlaps: Iterable[int | None] = (None,),
 ) -> tuple[Case, ...]:
     """The product of all settings, each case once; what a strategy has no setting for does not multiply its cases.
 
@@ -112,17 +120,20 @@ def cases_for(
         ConfigError: a value that is not one of those that are.
     """
     found: dict[Case, None] = {}
-    settings = product(steps, strategies, worlds, warmup_steps, group_norms, codecs, context_windows)
-    for count, strategy, world, warmup, norm, codec, window in settings:
+    settings = product(steps, strategies, worlds, warmup_steps, group_norms, codecs, context_windows, shifts, overlaps)
+    for count, strategy, world, warmup, norm, codec, window, shift, overlap in settings:
         for name, value in (("steps", count), ("world", world)):
             if value < 1:
                 raise ConfigError(f"{name}={value} must be a whole number of at least 1")
         # Also what this strategy will not use: a typing error is one whatever it stands beside.
         ParallelConfig(strategy=strategy, cfg=cfg, split=split, warmup_steps=warmup, group_norm=norm)  # type: ignore[arg-type]
         ParallelConfig(codec=codec, context_window=window)
+        moved = {name: value for name, value in (("shift", shift), ("overlap", overlap)) if value is not None}
+        ParallelConfig(strategy="shifted", **moved)  # type: ignore[arg-type]
         extra: dict[str, Any] = {"warmup_steps": warmup} if strategy in ("displaced", "shifted", "pipelined") else {}
         extra |= {"group_norm": norm} if strategy == "displaced" else {}
         extra |= {"codec": codec, "context_window": window} if strategy not in UNCODED else {}
+        extra |= moved if strategy == "shifted" else {}
         found[Case(strategy, count, world, split=split, cfg=cfg, **extra)] = None  # type: ignore[arg-type]
     return tuple(sorted(found, key=lambda case: case.order))
 
