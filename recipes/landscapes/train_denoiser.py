@@ -23,6 +23,7 @@ from .data import scene_of
 from .networks import make_text_encoder, make_unet
 from .optimizer import Optimizer
 from .parallel import average_gradients, setup
+from .scene import GROUND_THINGS
 from .tokenizer import encode, load_tokenizer, piece_table
 
 # Until this share of the time: what is drawn (format: (chance, batch per process)).
@@ -34,6 +35,7 @@ STAGES: tuple[tuple[float, dict[str, tuple[float, int]]], ...] = (
 SOURCES = {"128x128": "256x256"}  # whose scenes the format shows, where they are another's
 DECAY_FROM = 0.6  # the learning rate falls to zero over the rest of the time
 EMPTY_CAPTION = 0.1
+PLAIN_KEPT = 0.35  # of the pictures without a thing on the ground, this share
 MIDDLE, MIDDLE_AT, MIDDLE_SPREAD = 0.6, -0.8, 0.9  # a share of the batch; its times' mean and deviation as logits
 SAVE_EVERY = 180.0  # seconds
 
@@ -72,12 +74,20 @@ class Batches:
             self.latents[form] = np.load(self.cache / f"latents_{form}.npy", mmap_mode="r")
         rng, source = np.random.default_rng([step, 2, self.rank]), self.latents[form]
         latents, captions = [], []
-        for index in rng.integers(len(source), size=stage[form][1]):
-            latents.append(np.roll(source[index], int(rng.integers(source.shape[-1])), axis=-1))
+        for _ in range(stage[form][1]):
             empty = rng.random() < EMPTY_CAPTION
-            captions.append("" if empty else caption(scene_of(SOURCES.get(form, form), int(index)), rng))
+            index = int(rng.integers(len(source)))
+            # Things on the ground are small, so they are drawn more often; not where no caption asks for them.
+            while not empty and rng.random() > (1.0 if self._has_ground_thing(form, index) else PLAIN_KEPT):
+                index = int(rng.integers(len(source)))
+            latents.append(np.roll(source[index], int(rng.integers(source.shape[-1])), axis=-1))
+            captions.append("" if empty else caption(scene_of(SOURCES.get(form, form), index), rng))
         tokens = self.table[encode(self.tokenizer, captions)]
         return torch.from_numpy(np.stack(latents)).float(), tokens
+
+    @staticmethod
+    def _has_ground_thing(form: str, index: int) -> bool:
+        return any(thing in GROUND_THINGS for thing in scene_of(SOURCES.get(form, form), index).things)
 
 
 def draw_times(count: int, generator: torch.Generator) -> Tensor:
