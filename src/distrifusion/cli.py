@@ -58,7 +58,7 @@ def generate(
         ),
     ] = None,
     strategy: Annotated[
-        str, typer.Option(help="sync (exact), displaced, naive, shifted or pipelined.")
+        str, typer.Option(help="sync (exact), displaced, naive, shifted, pipelined or tensor (exact).")
     ] = _DEFAULT.strategy,
     cfg: Annotated[int, typer.Option(help="2: the branches of guidance on separate ranks.")] = _DEFAULT.cfg,
     patch: Annotated[

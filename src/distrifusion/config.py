@@ -19,8 +19,8 @@ Topology = Literal["plane", "ring-x", "torus"]
 Latents = Literal["rows", "whole"]
 Blocks = Literal["every", "freed"]
 
-BUILT: tuple[StrategyName, ...] = ("sync", "displaced", "naive", "shifted", "pipelined")
-"""Strategies that this release runs; the other names are reserved and refused with a line that says so."""
+BUILT: tuple[StrategyName, ...] = get_args(StrategyName)
+"""The strategies, in the order of tables."""
 
 SHIFTS = ("golden", "random")
 """Ways to move the borders of ``shifted``, beside a number of rows."""
@@ -35,6 +35,7 @@ UNCODED: dict[StrategyName, str] = {
     "naive": "exchanges nothing inside the denoiser",
     "shifted": "exchanges nothing inside the denoiser",
     "pipelined": "sends outputs of blocks",
+    "tensor": "has no patches",
 }
 """Strategies for which ``codec`` and ``context_window`` do nothing, and why."""
 
@@ -49,9 +50,11 @@ class ParallelConfig:
     Args:
         strategy: ``"sync"`` is exact, ``"displaced"`` reuses the previous step's features of the peers
             (DistriFusion, arXiv 2402.19481), ``"naive"`` exchanges nothing inside the denoiser (the baseline),
-            ``"shifted"`` neither, but moves the borders at every step (SpotDiffusion, arXiv 2407.15507), and
+            ``"shifted"`` neither, but moves the borders at every step (SpotDiffusion, arXiv 2407.15507),
             ``"pipelined"`` cuts the model over its depth: each rank computes one stage of it, from what the other
-            stages made in the step before (AsyncDiff, arXiv 2406.06911).
+            stages made in the step before (AsyncDiff, arXiv 2406.06911), and ``"tensor"`` cuts the weights: each rank
+            computes some heads and channels of every layer (Megatron-LM, arXiv 1909.08053). It is exact, and takes
+            all ranks that ``cfg`` leaves.
         cfg: 2 runs the conditional and the unconditional branch of classifier-free guidance on separate ranks.
         patch: ranks along the picture; None takes all that ``cfg`` leaves.
         pipe: stages of ``pipelined``; None takes all ranks that ``cfg`` leaves.
@@ -117,9 +120,7 @@ class ParallelConfig:
     blocks: Blocks = "every"
 
     def __post_init__(self) -> None:
-        _one_of("strategy", self.strategy, get_args(StrategyName))
-        if self.strategy not in BUILT:
-            raise ConfigError(f"strategy={self.strategy!r} is not built yet; choose one of {_quoted(BUILT)}")
+        _one_of("strategy", self.strategy, BUILT)
         _one_of("split", self.split, get_args(SplitDim))
         _one_of("group_norm", self.group_norm, get_args(GroupNormMode))
         _one_of("text_encoders", self.text_encoders, get_args(TextEncoders))
@@ -131,6 +132,8 @@ class ParallelConfig:
                 _whole(name, getattr(self, name), 1)
         if self.strategy == "pipelined" and self.patch not in (None, 1):
             raise ConfigError(f"patch={self.patch} does not go with strategy='pipelined', whose ranks are stages")
+        if self.strategy == "tensor":
+            self._check_slices()
         if self.strategy != "pipelined" and self.pipe not in (None, 1):
             raise ConfigError(f"pipe={self.pipe} goes with strategy='pipelined' only, not with {self.strategy!r}")
         if self.patches is not None and self.strategy != "pipelined":
@@ -173,9 +176,10 @@ class ParallelConfig:
                 )
         _one_of("topology", self.topology, get_args(Topology))
         _one_of("latents", self.latents, get_args(Latents))
-        if self.topology != "plane" and self.strategy == "pipelined":
+        if self.topology != "plane" and self.strategy in ("pipelined", "tensor"):
             raise ConfigError(
-                f"topology={self.topology!r} is known for patches and for one device, not for strategy='pipelined'"
+                f"topology={self.topology!r} is known for patches and for one device, not for "
+                f"strategy={self.strategy!r}"
             )
         if (
             isinstance(self.shift, bool)
@@ -195,6 +199,15 @@ class ParallelConfig:
                         f"{field.name}={value!r} does nothing under strategy={self.strategy!r}, only under 'shifted'; "
                         "leave it out"
                     )
+
+    def _check_slices(self) -> None:
+        """Refuse what is about patches where every rank has the whole picture."""
+        if self.patch not in (None, 1):
+            raise ConfigError(f"patch={self.patch} does not go with strategy='tensor', whose ranks share the weights")
+        if self.balance is not None:
+            raise ConfigError(
+                f"balance={self.balance!r} is about rows and stages, which strategy='tensor' has not; leave it out"
+            )
 
     @property
     def codecs(self) -> dict[str, str]:
@@ -229,6 +242,8 @@ class ParallelConfig:
         ]
         if self.strategy == "pipelined":
             facts = [f"strategy=pipelined cfg={self.cfg} pipe={self.pipe or 'all'} warmup_steps={self.warmup_steps}"]
+        if self.strategy == "tensor":
+            facts = [f"strategy=tensor cfg={self.cfg}"]
         shared = [f"text_encoders={self.text_encoders}"] if self.text_encoders != "once" else []
         return " ".join(facts + self.extras + shared)
 

@@ -2,7 +2,7 @@
 
 A layer asks at its seam by one of three verbs. The policy answers with values of this step (`Fresh`), of the step
 before (`Stale`), or with none (`Absent`), and sends what the peers will want. Layers never know which policy they
-talk to.
+talk to. Where the ranks share weights and not the picture, there is one verb more (`Summed`).
 """
 
 from __future__ import annotations
@@ -257,6 +257,14 @@ class Absent(Named):
     def finish(self) -> bool:
         """See Exchange."""
         return True
+
+
+class Summed(Fresh):
+    """A step in which every rank has the whole picture, and a part of each layer's weights: all of this step."""
+
+    def total(self, key: str, part: Tensor) -> Tensor:
+        """The sum of all ranks' ``part``, which have one shape: the same to the last bit everywhere."""
+        return self._comm.all_reduce(part, kind="sum")
 
 
 def outgoing(patch: Tensor, plan: Halo, dim: int) -> dict[int, Tensor]:

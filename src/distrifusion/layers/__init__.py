@@ -11,6 +11,7 @@ from .norm import PatchGroupNorm
 from .prompt import PatchPrompt
 from .resample import PatchDownsample, PatchInterpolate, PatchPad, PatchUpsample
 from .seam import PatchFrameAttention, PatchSeam
+from .slices import JoinedSlice, Sliced, SlicedNorm, SummedSlice
 from .tokens import PatchArguments, PatchEntry, PatchExit, PatchSides
 from .unit import StageUnit
 
@@ -18,6 +19,7 @@ __all__ = [
     "Attached",
     "Frame",
     "FrameHolder",
+    "JoinedSlice",
     "Layer",
     "PatchArguments",
     "PatchAttention",
@@ -37,5 +39,8 @@ __all__ = [
     "PatchSiLU",
     "PatchSides",
     "PatchUpsample",
+    "Sliced",
+    "SlicedNorm",
     "StageUnit",
+    "SummedSlice",
 ]

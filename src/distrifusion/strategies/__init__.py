@@ -10,10 +10,11 @@ from .independent import Naive, Shifted
 from .patch import Displaced, Sync
 from .pipelined import Pipelined
 from .streamed import Streamed
+from .tensor import Tensor
 
 __all__ = ["Guidance", "State", "Strategy", "strategy_for"]
 
-_STRATEGIES = {cls.name: cls for cls in (Sync, Displaced, Naive, Shifted, Pipelined)}
+_STRATEGIES = {cls.name: cls for cls in (Sync, Displaced, Naive, Shifted, Pipelined, Tensor)}
 
 
 def strategy_for(config: ParallelConfig, comm: Comm, everyone: Comm) -> Strategy:

@@ -20,8 +20,8 @@ from ..geometry import Levels, Moved, Split
 from ..layers import Attached, Frame, FrameHolder
 from ..layers.base import put_rows
 from ..mesh import Mesh
-from ..metrics import Report
-from ..models import Call, Table, stage_layers
+from ..metrics import Report, human_bytes
+from ..models import Call, Table, fused, sliced_layers, stage_layers
 from . import strategy_for
 from .agreement import check_call, check_latents, probe
 from .balance import Balance
@@ -126,9 +126,10 @@ class ParallelDenoiser:
         self._is_running = False
         self._inner: Callable[..., Any] = table.model.forward
         self._compiling = Compiling(table.model, self._inner, wrapper)
-        self.report = self._new_report()
         self._previous = table.model.__dict__.get("forward")
+        self._fused, self._num_bytes = fused(table.model), _weights(table.model)  # before there are slices
         self._attach_layers()
+        self.report = self._new_report()
         if self._streamed is not None:
             self._streamed.free()
 
@@ -172,6 +173,11 @@ class ParallelDenoiser:
             raise ConfigError(
                 f"{type(found[0]).__name__} was wrapped by another library (offload, casting or cache hooks) after "
                 "df.parallelize; take that off before df.restore"
+            )
+        if self._mesh.size("tensor") > 1 and not self._is_detached and fused(self.model) != self._fused:
+            raise ConfigError(
+                f"a LoRA of {type(self.model).__name__} was fused, or unfused, after df.parallelize, in slices of the "
+                "weights only; take that back before df.restore"
             )
 
     def _detach(self) -> None:
@@ -300,6 +306,8 @@ class ParallelDenoiser:
         else:  # one rank has the whole prediction
             self.report.stages, self.report.balance = stages.names, str(self._config.balance or "even")
             split = stages.output_split(split.size)
+        if self._mesh.size("tensor") > 1:
+            split, own = self._own_share(own)
         return Ran(result, own, split, self._moved)
 
     def _stream(self, streaming: Streaming, call: Call, state: State) -> Ran:
@@ -317,7 +325,7 @@ class ParallelDenoiser:
 
     def _skip(self, before: Ran, call: Call, state: State) -> Ran:
         """See `Pairs`."""
-        if self._mesh.size("pipe") > 1:
+        if self._mesh.size("pipe") > 1 or self._mesh.size("tensor") > 1:
             return before
         split = self._levels(call).splits[0]
         moved = self._moves(call, state, split, is_fed=False)
@@ -327,6 +335,13 @@ class ParallelDenoiser:
             shape[self._dim] = len(moved.window(self._mesh.coordinate(self._comm.rank, "patch")))
             own = own.new_zeros(shape)
         return replace(before, own=own, split=split, moved=moved)
+
+    def _own_share(self, whole: torch.Tensor) -> tuple[Split, torch.Tensor]:
+        """What this rank says of a prediction that all ranks have: some of its rows, so that all say equally much."""
+        num_ranks, rows = self._mesh.size("tensor"), whole.shape[self._dim]
+        split = Split(tuple(rows * place // num_ranks for place in range(num_ranks + 1)))
+        span = split.span(self._mesh.coordinate(self._comm.rank, "tensor"))
+        return split, whole.narrow(self._dim, span.start, len(span))
 
     def _levels(self, call: Call, weights: tuple[float, ...] | None = None) -> Levels:
         """The rows of all ranks at every level, by ``weights``; None: by the present ones."""
@@ -419,6 +434,11 @@ class ParallelDenoiser:
         if num_stages > 1:
             self._layers.follow(stage_layers(self.model, num_stages, self._holder))
             return
+        num_slices = self._mesh.size("tensor")
+        if num_slices > 1:
+            place = self._mesh.coordinate(self._comm.rank, "tensor")
+            self._layers.follow(sliced_layers(self.model, place, num_slices, self._holder))
+            return
         is_cut = self._mesh.size("patch") > 1
         if not is_cut and not any(self._config.rings):
             return
@@ -456,9 +476,17 @@ class ParallelDenoiser:
             for extra in self._config.extras
         ]
         notes += self._notes + ([self._compiling.note] if self._compiling.note else [])
+        if self._mesh.size("tensor") > 1:
+            held, whole = human_bytes(_weights(self.model)), human_bytes(self._num_bytes)
+            notes.append(f"{held} of {whole} of weights on this rank")
         if self._mesh.size("pipe") > 1 and any(each._compiled_call_impl is not None for each in self.model.modules()):
             notes.append("torch.compile does nothing while pipelined")
         return Report(self._config.strategy, str(self._mesh), self._config.split, notes=notes)
+
+
+def _weights(model: nn.Module) -> int:
+    """Bytes."""
+    return sum(parameter.numel() * parameter.element_size() for parameter in model.parameters())
 
 
 def _has_rows(result: Any) -> bool:
