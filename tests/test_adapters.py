@@ -120,7 +120,7 @@ def test_ip_adapter_changes_the_picture() -> None:
     assert distance(alike(with_ip(0)), sample(sd())) > 0.05
 
 
-@pytest.mark.parametrize("config", [SYNC, ALWAYS_WARM], ids=str)
+@pytest.mark.parametrize("config", [SYNC, ALWAYS_WARM, df.ParallelConfig(strategy="tensor")], ids=str)
 def test_ip_adapter_loaded_before(config: df.ParallelConfig) -> None:
     check(lambda: with_ip(0), alike, config=config)
 
@@ -129,7 +129,8 @@ def test_ip_adapter_given_a_picture() -> None:
     check(lambda: with_ip(0), lambda pipe: sample(pipe, ip_adapter_image=picture(3)), worlds=(2,))
 
 
-def test_ip_adapter_loaded_scaled_and_unloaded_after() -> None:
+@pytest.mark.parametrize("config", [SYNC, df.ParallelConfig(strategy="tensor")], ids=str)
+def test_ip_adapter_loaded_scaled_and_unloaded_after(config: df.ParallelConfig) -> None:
     def later(pipe: Any) -> list[Tensor]:
         plain = sample(pipe, num_inference_steps=2)
         load(pipe, 0)
@@ -139,7 +140,7 @@ def test_ip_adapter_loaded_scaled_and_unloaded_after() -> None:
         pipe.unload_ip_adapter()
         return [plain, whole, less, sample(pipe, num_inference_steps=2)]
 
-    check(lambda: sd(image_encoder=vision()), later, worlds=(3,))
+    check(lambda: sd(image_encoder=vision()), later, worlds=(3,), config=config)
 
 
 def masked(pipe: Any, height: int = 64, width: int = 64, *, swapped: bool = False) -> Tensor:

@@ -178,6 +178,40 @@ def test_all_gather_of_any_sizes(ranks, world, sizes):
     ranks.run(world, gathers, table[sizes])
 
 
+# --- all_reduce
+
+
+def sums(comm: Comm, count: int) -> list[Any]:
+    """Of every third number of a map that does not lie in memory in its order."""
+    own = numbers(comm.rank, size=6 * count).view(count, 3, 2).transpose(0, 2)[:, 1] / 7
+    before = own.clone()
+    total = comm.all_reduce(own, kind="sum")
+    wanted = sum(
+        numbers(rank, size=6 * count).view(count, 3, 2).transpose(0, 2)[:, 1] / 7 for rank in range(comm.world)
+    )
+    assert torch.equal(own, before)
+    assert total.data_ptr() != own.data_ptr()
+    assert total.shape == own.shape
+    assert torch.allclose(total, wanted, rtol=1e-6)
+    counted = dict(comm.meter.messages), dict(comm.meter.bytes)
+    many = torch.full((3,), 256.0 if comm.rank == 0 else 1.0, dtype=torch.bfloat16)  # 256 + 1 is 256 in its bits
+    rounded = torch.full((3,), 255.0 + comm.world).to(torch.bfloat16)
+    assert torch.equal(comm.all_reduce(many, kind="sum"), rounded)
+    return [total.flatten().tolist(), counted]
+
+
+@pytest.mark.parametrize("world", WORLDS)
+@pytest.mark.parametrize("count", [1, 4, 7])
+def test_all_reduce_gives_all_ranks_the_same_sum(ranks, world, count):
+    ran = ranks.run(world, sums, count)
+    assert all(total == ran[0][0] for total, _ in ran)
+    messages, num_bytes = (sum(counts[i].get("sum", 0) for _, counts in ran) for i in (0, 1))
+    if world == 2:
+        assert (messages, num_bytes) == (2, 2 * 4 * 2 * count)
+    elif world > 2 and 2 * count % world == 0:  # else pieces are padded
+        assert (messages, num_bytes) == (world * world, 2 * (world - 1) * 4 * 2 * count)
+
+
 # --- many under way
 
 

@@ -104,6 +104,8 @@ def blocks_on_ranks(comm: Any, name: str, settings: dict[str, Any], before: bool
         (2, "pixart", {"strategy": "naive", "split": "cols"}, False),
         (2, "flux", {"strategy": "sync"}, False),
         (2, "sana", {"strategy": "sync"}, False),
+        (2, "unet", {"strategy": "tensor"}, False),
+        (2, "flux", {"strategy": "tensor"}, True),
     ],
     ids=lambda value: value if isinstance(value, str) else None,
 )

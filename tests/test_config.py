@@ -25,6 +25,8 @@ def test_the_defaults_are_the_papers() -> None:
         "overlap": 0,
         "latents": "rows",
         "pipe": None,
+        "patches": None,
+        "blocks": "every",
         "max_memory": None,
     }
 
@@ -49,7 +51,10 @@ def test_every_choice_is_accepted(strategy: str, split: str, group_norm: str) ->
         ),
         ({"strategy": "sync", "pipe": 2}, r"pipe=2 goes with strategy='pipelined' only, not with 'sync'"),
         ({"strategy": "pipelined", "pipe": 0}, r"pipe=0 must be a whole number of at least 1"),
-        ({"strategy": "pipelined", "codec": "int8"}, r"codec='int8' does nothing under strategy='pipelined', which h"),
+        (
+            {"strategy": "pipelined", "codec": "int8"},
+            r"codec='int8' does nothing under strategy='pipelined', which sends outputs of blocks",
+        ),
         (
             {"strategy": "pipelined", "balance": (2, 1)},
             r"balance='2,1' are weights of patches, which",
@@ -66,7 +71,11 @@ def test_every_choice_is_accepted(strategy: str, split: str, group_norm: str) ->
         ({"strategy": "naive", "overlap": 8}, r"overlap=8 does nothing under strategy='naive', only under 'shifted'"),
         ({"latents": "whole"}, r"latents='whole' does nothing under strategy='displaced'"),
         ({"codec": "int8", "strategy": "shifted"}, r"codec='int8' does nothing under strategy='shifted'"),
-        ({"strategy": "tensor"}, r"strategy='tensor' is not built yet"),
+        ({"strategy": "tensor", "patch": 2}, r"patch=2 does not go with strategy='tensor', whose ranks share the w"),
+        ({"strategy": "tensor", "pipe": 2}, r"pipe=2 goes with strategy='pipelined' only, not with 'tensor'"),
+        ({"strategy": "tensor", "balance": (2, 1)}, r"balance=\(2, 1\) is about rows and stages, which stra"),
+        ({"strategy": "tensor", "codec": "int8"}, r"codec='int8' does nothing under strategy='tensor', which has no p"),
+        ({"strategy": "tensor", "topology": "torus"}, r"topology='torus' is known for patches .* not for strategy='te"),
         ({"split": "columns"}, r"split='columns' must be one of 'rows', 'cols'"),
         (
             {"group_norm": "exact"},

@@ -21,7 +21,7 @@ def test_patch_takes_what_cfg_leaves(cfg: int, patch: int | None, world: int, si
     mesh = Mesh.fit(ParallelConfig(cfg=cfg, patch=patch), world)
     assert mesh.sizes == sizes
     assert mesh.world == world
-    assert [mesh.size(axis) for axis in AXES] == list(sizes)
+    assert [mesh.size(axis) for axis in AXES] == [*sizes, 1]
 
 
 @pytest.mark.parametrize(
@@ -93,3 +93,13 @@ def test_the_ranks_of_a_branch_are_consecutive() -> None:
     assert Mesh((2, 2, 2)).branches() == [[0, 1, 2, 3], [4, 5, 6, 7]]
     assert Mesh((2, 2, 2)).groups("pipe") == [[0, 2], [1, 3], [4, 6], [5, 7]]
     assert str(mesh) == "cfg 2 x pipe 3 x patch 1"
+
+
+def test_slices_take_what_cfg_leaves() -> None:
+    mesh = Mesh.fit(ParallelConfig(strategy="tensor", cfg=2), 6)
+    assert [mesh.size(axis) for axis in AXES] == [2, 1, 1, 3]
+    assert mesh.branches() == mesh.groups("tensor") == [[0, 1, 2], [3, 4, 5]]
+    assert mesh.groups("cfg") == [[0, 3], [1, 4], [2, 5]]
+    assert str(mesh) == "cfg 2 x patch 1 x tensor 3"
+    with pytest.raises(ConfigError, match=r"a world of 3 does not fit cfg=2 x tensor=any: start a multiple of 2 ranks"):
+        Mesh.fit(ParallelConfig(strategy="tensor", cfg=2), 3)

@@ -58,7 +58,7 @@ def num_workers(config: ParallelConfig, nproc: int | None, device: str) -> int:
     """
     if nproc is not None and (isinstance(nproc, bool) or not isinstance(nproc, int) or nproc < 1):
         raise ConfigError(f"nproc={nproc!r} must be a whole number of at least 1")
-    patch = config.patch or (len(config.weights) if config.weights else None)
+    patch = config.pipe or config.patch or (len(config.weights) if config.weights else None)
     least = config.cfg * (patch or 1)
     if device == "cpu":
         return nproc if nproc is not None else least

@@ -53,15 +53,26 @@ def generate(
     ] = None,
     nproc: Annotated[
         int | None,
-        typer.Option(help="Worker processes. Without it: all GPUs, or on the CPU as many as --cfg and --patch need."),
+        typer.Option(
+            help="Worker processes. Without it: all GPUs, or on the CPU as many as --cfg and --patch or --pipe need."
+        ),
     ] = None,
     strategy: Annotated[
-        str, typer.Option(help="sync (exact), displaced, naive, shifted or pipelined.")
+        str, typer.Option(help="sync (exact), displaced, naive, shifted, pipelined or tensor (exact).")
     ] = _DEFAULT.strategy,
     cfg: Annotated[int, typer.Option(help="2: the branches of guidance on separate ranks.")] = _DEFAULT.cfg,
     patch: Annotated[
         int | None, typer.Option(help="Ranks along the picture; without it, all that --cfg leaves.")
     ] = None,
+    pipe: Annotated[
+        int | None, typer.Option(help="Stages of pipelined; without it, all ranks that --cfg leaves.")
+    ] = None,
+    patches: Annotated[
+        int | None, typer.Option(help="Of pipelined: the picture in so many patches that stream through the stages.")
+    ] = None,
+    blocks: Annotated[
+        str, typer.Option(help="Of pipelined with --patches: every, or freed: a rank holds those of its stage alone.")
+    ] = _DEFAULT.blocks,
     split: Annotated[str, typer.Option(help="rows or cols of the picture, or frames of a video.")] = _DEFAULT.split,
     group_norm: Annotated[
         str, typer.Option(help="Statistics of displaced steps: corrected, carried, stale, separate or sync.")
@@ -136,6 +147,9 @@ def generate(
         strategy=strategy,  # type: ignore[arg-type]
         cfg=cfg,
         patch=patch,
+        pipe=pipe,
+        patches=patches,
+        blocks=blocks,  # type: ignore[arg-type]
         split=split,  # type: ignore[arg-type]
         group_norm=group_norm,  # type: ignore[arg-type]
         warmup_steps=warmup_steps,

@@ -18,9 +18,10 @@ TextEncoders = Literal["once", "freed", "every"]
 
 Topology = Literal["plane", "ring-x", "torus"]
 Latents = Literal["rows", "whole"]
+Blocks = Literal["every", "freed"]
 
-BUILT: tuple[StrategyName, ...] = ("sync", "displaced", "naive", "shifted", "pipelined")
-"""Strategies that this release runs; the other names are reserved and refused with a line that says so."""
+BUILT: tuple[StrategyName, ...] = get_args(StrategyName)
+"""The strategies, in the order of tables."""
 
 SHIFTS = ("golden", "random")
 """Ways to move the borders of ``shifted``, beside a number of rows."""
@@ -34,7 +35,8 @@ MEASURED = "measured"
 UNCODED: dict[StrategyName, str] = {
     "naive": "exchanges nothing inside the denoiser",
     "shifted": "exchanges nothing inside the denoiser",
-    "pipelined": "has no patches",
+    "pipelined": "sends outputs of blocks",
+    "tensor": "has no patches",
 }
 """Strategies for which ``codec`` and ``context_window`` do nothing, and why."""
 
@@ -49,9 +51,11 @@ class ParallelConfig:
     Args:
         strategy: ``"sync"`` is exact, ``"displaced"`` reuses the previous step's features of the peers
             (DistriFusion, arXiv 2402.19481), ``"naive"`` exchanges nothing inside the denoiser (the baseline),
-            ``"shifted"`` neither, but moves the borders at every step (SpotDiffusion, arXiv 2407.15507), and
+            ``"shifted"`` neither, but moves the borders at every step (SpotDiffusion, arXiv 2407.15507),
             ``"pipelined"`` cuts the model over its depth: each rank computes one stage of it, from what the other
-            stages made in the step before (AsyncDiff, arXiv 2406.06911).
+            stages made in the step before (AsyncDiff, arXiv 2406.06911), and ``"tensor"`` cuts the weights: each rank
+            computes some heads and channels of every layer (Megatron-LM, arXiv 1909.08053). It is exact, and takes
+            all ranks that ``cfg`` leaves.
         cfg: 2 runs the conditional and the unconditional branch of classifier-free guidance on separate ranks.
         patch: ranks along the picture; None takes all that ``cfg`` leaves.
         pipe: stages of ``pipelined``; None takes all ranks that ``cfg`` leaves.
@@ -87,6 +91,11 @@ class ParallelConfig:
         latents: what a rank of ``shifted`` knows between steps: ``"rows"`` of its own, so that only those that enter
             its patch travel; a callback that looks at the latents must then look on every rank. ``"whole"`` sends all
             predictions to all ranks, as the other strategies do. The same picture.
+        patches: of ``pipelined``, transformers only: the picture in so many patches, cut along ``split``, which stream
+            through the stages within a step (PipeFusion, arXiv 2405.14430). 1: one after the other, exact. None: all
+            stages at the same time, each one step behind the one before. See docs/pipelined.md.
+        blocks: where ``patches`` are given: ``"every"``: each rank keeps all blocks of the model. ``"freed"``: it gives
+            up the memory of other stages' until ``df.restore``, which is collective then.
         max_memory: bytes that each rank may hold, or a size such as ``"4GiB"`` (kept as bytes): a decode then runs in
             bands of rows, and a step in pieces within its layers, as far as needed; the same result. What cannot fit is
             refused. None: no matter how much. On one device too. See docs/memory.md.
@@ -111,25 +120,43 @@ class ParallelConfig:
     overlap: int = 0
     latents: Latents = "rows"
     pipe: int | None = None
+    patches: int | None = None
+    blocks: Blocks = "every"
     max_memory: int | str | None = None
 
     def __post_init__(self) -> None:
-        _one_of("strategy", self.strategy, get_args(StrategyName))
-        if self.strategy not in BUILT:
-            raise ConfigError(f"strategy={self.strategy!r} is not built yet; choose one of {_quoted(BUILT)}")
+        _one_of("strategy", self.strategy, BUILT)
         _one_of("split", self.split, get_args(SplitDim))
         _one_of("group_norm", self.group_norm, get_args(GroupNormMode))
         _one_of("text_encoders", self.text_encoders, get_args(TextEncoders))
         _whole("cfg", self.cfg, 1)
         if self.cfg > 2:
             raise ConfigError(f"cfg={self.cfg} must be 1 or 2: guidance has two branches")
-        for name in ("patch", "pipe"):
+        for name in ("patch", "pipe", "patches"):
             if getattr(self, name) is not None:
                 _whole(name, getattr(self, name), 1)
         if self.strategy == "pipelined" and self.patch not in (None, 1):
             raise ConfigError(f"patch={self.patch} does not go with strategy='pipelined', whose ranks are stages")
+        if self.strategy == "tensor":
+            self._check_slices()
         if self.strategy != "pipelined" and self.pipe not in (None, 1):
             raise ConfigError(f"pipe={self.pipe} goes with strategy='pipelined' only, not with {self.strategy!r}")
+        if self.patches is not None and self.strategy != "pipelined":
+            raise ConfigError(
+                f"patches={self.patches} goes with strategy='pipelined' only, not with {self.strategy!r}, where patch= "
+                "is the number of ranks along the picture"
+            )
+        _one_of("blocks", self.blocks, get_args(Blocks))
+        if self.blocks != "every" and self.patches is None:
+            raise ConfigError(
+                f"blocks={self.blocks!r} goes with strategy='pipelined' and patches only: without patches, each rank "
+                "computes the first steps with all blocks"
+            )
+        if self.patches is not None and self.balance is not None:
+            raise ConfigError(
+                f"balance={self.balance!r} does not go with patches={self.patches}, where stages follow the size of "
+                "the blocks: leave one of them out"
+            )
         _whole("warmup_steps", self.warmup_steps, 0)
         # As text it is hashable, and the same however it was given.
         object.__setattr__(self, "codec", _codec_text(self.codec))
@@ -160,9 +187,10 @@ class ParallelConfig:
             )
         _one_of("topology", self.topology, get_args(Topology))
         _one_of("latents", self.latents, get_args(Latents))
-        if self.topology != "plane" and self.strategy == "pipelined":
+        if self.topology != "plane" and self.strategy in ("pipelined", "tensor"):
             raise ConfigError(
-                f"topology={self.topology!r} is known for patches and for one device, not for strategy='pipelined'"
+                f"topology={self.topology!r} is known for patches and for one device, not for "
+                f"strategy={self.strategy!r}"
             )
         if (
             isinstance(self.shift, bool)
@@ -182,6 +210,15 @@ class ParallelConfig:
                         f"{field.name}={value!r} does nothing under strategy={self.strategy!r}, only under 'shifted'; "
                         "leave it out"
                     )
+
+    def _check_slices(self) -> None:
+        """Refuse what is about patches where every rank has the whole picture."""
+        if self.patch not in (None, 1):
+            raise ConfigError(f"patch={self.patch} does not go with strategy='tensor', whose ranks share the weights")
+        if self.balance is not None:
+            raise ConfigError(
+                f"balance={self.balance!r} is about rows and stages, which strategy='tensor' has not; leave it out"
+            )
 
     @property
     def codecs(self) -> dict[str, str]:
@@ -216,6 +253,8 @@ class ParallelConfig:
         ]
         if self.strategy == "pipelined":
             facts = [f"strategy=pipelined cfg={self.cfg} pipe={self.pipe or 'all'} warmup_steps={self.warmup_steps}"]
+        if self.strategy == "tensor":
+            facts = [f"strategy=tensor cfg={self.cfg}"]
         shared = [f"text_encoders={self.text_encoders}"] if self.text_encoders != "once" else []
         shared += [f"max_memory={self.max_memory}"] if self.max_memory is not None else []
         return " ".join(facts + self.extras + shared)
@@ -224,7 +263,7 @@ class ParallelConfig:
 _PATCHED = ("sync", "displaced", "naive", "shifted")
 _SIZE = re.compile(r"(\d+(?:\.\d+)?)(KiB|MiB|GiB|TiB)", re.ASCII)
 _OF_SHIFTED = ("shift", "shift_seed", "overlap", "latents")
-_EXTRAS = ("codec", "context_window", "balance", "topology", "shift_seed", "overlap", "latents")
+_EXTRAS = ("codec", "context_window", "balance", "topology", "shift_seed", "overlap", "latents", "patches", "blocks")
 
 
 def shift_choice(text: str) -> str | int:

@@ -2,7 +2,7 @@
 
 A layer asks at its seam by one of three verbs. The policy answers with values of this step (`Fresh`), of the step
 before (`Stale`), or with none (`Absent`), and sends what the peers will want. Layers never know which policy they
-talk to.
+talk to. Where the ranks share weights and not the picture, there is one verb more (`Summed`).
 """
 
 from __future__ import annotations
@@ -69,7 +69,7 @@ class Exchange(Protocol):
         ...
 
 
-class _Named:
+class Named:
     """Names that stay unique when a module is called several times in one step."""
 
     def __init__(self) -> None:
@@ -84,7 +84,7 @@ class _Named:
         return key if self._uses[key] == 1 else f"{key}#{self._uses[key]}"
 
 
-class Fresh(_Named):
+class Fresh(Named):
     """Everything of this step: exact. With ``slots``, what arrives is kept for a displaced step to start from.
 
     ``keeps_moments`` is False where that displaced step will not ask the slots for moments. ``wire`` says how values
@@ -114,7 +114,7 @@ class Fresh(_Named):
     ) -> Pending[Mapping[int, Tensor]]:
         """See Exchange."""
         name = self._name(key)
-        sends = {peer: words.contiguous() for peer, words in _outgoing(patch, plan, dim).items()}
+        sends = {peer: words.contiguous() for peer, words in outgoing(patch, plan, dim).items()}
         recvs = {peer: _rows_like(patch, dim, count) for peer, count in plan.recvs}
         travel = self._wire.swap(name, sends, recvs, kind=kind)
         if self._slots is not None:
@@ -157,7 +157,7 @@ def uses_old_moments(group_norm: GroupNormMode) -> bool:
     return group_norm not in ("separate", "sync")
 
 
-class Stale(_Named):
+class Stale(Named):
     """The own patch of this step, the peers' of the step before: DistriFusion. Sends leave in the background.
 
     ``group_norm``: ``"corrected"`` (the paper's), ``"carried"`` (peers old, moved as the own moved), ``"stale"``
@@ -184,7 +184,7 @@ class Stale(_Named):
         if name not in self._slots:
             return self._fresh.neighbours(key, patch, plan, dim, kind)
         before = self._slots.read(name)
-        self._slots.post(name, _outgoing(patch, plan, dim))
+        self._slots.post(name, outgoing(patch, plan, dim))
         return Done(before)
 
     def gather(
@@ -223,7 +223,7 @@ class Stale(_Named):
         return [own if rank == self._rank else others[rank] for rank in range(len(others) + 1)]
 
 
-class Absent(_Named):
+class Absent(Named):
     """Nothing of the peers: each patch is a picture of its own, with zeros around it. Sends nothing."""
 
     kind = "naive"
@@ -259,7 +259,16 @@ class Absent(_Named):
         return True
 
 
-def _outgoing(patch: Tensor, plan: Halo, dim: int) -> dict[int, Tensor]:
+class Summed(Fresh):
+    """A step in which every rank has the whole picture, and a part of each layer's weights: all of this step."""
+
+    def total(self, key: str, part: Tensor) -> Tensor:
+        """The sum of all ranks' ``part``, which have one shape: the same to the last bit everywhere."""
+        return self._comm.all_reduce(part, kind="sum")
+
+
+def outgoing(patch: Tensor, plan: Halo, dim: int) -> dict[int, Tensor]:
+    """The rows of ``patch`` that each peer asks for."""
     rows = {peer: [patch.narrow(dim, span.start, len(span)) for span in spans] for peer, spans in plan.sends}
     return {peer: parts[0] if len(parts) == 1 else torch.cat(parts, dim) for peer, parts in rows.items()}
 

@@ -8,7 +8,7 @@ from math import prod
 from .config import ParallelConfig
 from .errors import ConfigError
 
-AXES = ("cfg", "pipe", "patch")
+AXES = ("cfg", "pipe", "patch", "tensor")
 """Outermost first: the ranks of one guidance branch are consecutive, so they share a node where that is possible."""
 
 
@@ -16,7 +16,7 @@ AXES = ("cfg", "pipe", "patch")
 class Mesh:
     """Ranks 0 .. world-1 laid out over the axes, row-major, the last axis fastest."""
 
-    sizes: tuple[int, ...]  # one per name in AXES
+    sizes: tuple[int, ...]  # of the first names in AXES; the other axes are of size 1
 
     @classmethod
     def fit(cls, config: ParallelConfig, world: int) -> Mesh:
@@ -26,6 +26,7 @@ class Mesh:
             ConfigError: the product of the axes is not the world, or the weights are not one for each patch.
         """
         axis, given = ("pipe", config.pipe) if config.strategy == "pipelined" else ("patch", config.patch)
+        axis, given = ("tensor", None) if config.strategy == "tensor" else (axis, given)
         size = given if given is not None else max(world // config.cfg, 1)
         if config.cfg * size != world:
             asked = f"cfg={config.cfg} x {axis}={size if given is not None else 'any'}"
@@ -33,6 +34,8 @@ class Mesh:
             raise ConfigError(f"a world of {world} does not fit {asked}: start {fits}, or change the product")
         if axis == "pipe":
             return cls((config.cfg, size, 1))
+        if axis == "tensor":
+            return cls((config.cfg, 1, 1, size))
         weights = config.weights
         if weights is not None and len(weights) != size:
             raise ConfigError(
@@ -48,7 +51,8 @@ class Mesh:
 
     def size(self, axis: str) -> int:
         """Number of ranks along ``axis``."""
-        return self.sizes[AXES.index(axis)]
+        place = AXES.index(axis)
+        return self.sizes[place] if place < len(self.sizes) else 1
 
     def coordinate(self, rank: int, axis: str) -> int:
         """Position of ``rank`` along ``axis``."""
@@ -69,5 +73,5 @@ class Mesh:
         return prod(self.sizes[AXES.index(axis) + 1 :])
 
     def __str__(self) -> str:
-        shown = [(axis, size) for axis, size in zip(AXES, self.sizes, strict=True) if axis != "pipe" or size > 1]
-        return " x ".join(f"{axis} {size}" for axis, size in shown)
+        sizes = {axis: self.size(axis) for axis in AXES}
+        return " x ".join(f"{axis} {size}" for axis, size in sizes.items() if axis in ("cfg", "patch") or size > 1)

@@ -79,12 +79,18 @@ class Painter:
         except Exception as error:  # OSError, ValueError, SafetensorError ...: whatever part of it did not load
             reason = " ".join(str(error).split())
             raise DistrifusionError(f"{setup.path} does not load: {type(error).__name__}: {reason}") from error
-        if setup.device != "cpu":
-            self.pipeline.to(torch.device(setup.device, int(os.environ.get("LOCAL_RANK", "0"))))
+        if setup.config.blocks != "freed":
+            self._move()
         self._comm: Comm | None = None
         parameters = inspect.signature(self.pipeline.__call__).parameters.values()
         # Not its **kwargs, where pipelines take names of the past and drop all others without a word.
         self._arguments = sorted(p.name for p in parameters if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY))
+
+    def _move(self) -> None:
+        import torch
+
+        if self._setup.device != "cpu":
+            self.pipeline.to(torch.device(self._setup.device, int(os.environ.get("LOCAL_RANK", "0"))))
 
     def join(self, comm: Comm | None) -> None:
         """Spread the pipeline over the ranks of ``comm`` (None: alone).
@@ -99,6 +105,8 @@ class Painter:
             original = self.pipeline.prepare_latents
             self.pipeline.prepare_latents = lambda *args, **kwargs: self._of_rank_0(original(*args, **kwargs))
         parallelize(self.pipeline, self._setup.config, comm)
+        if self._setup.config.blocks == "freed":  # until then all of it lies in the file: a device need never hold it
+            self._move()
 
     def paint(self, request: Request | None, on_step: OnStep | None = None) -> Painted:
         """Call the pipeline with rank 0's ``request`` on every rank; the other ranks pass None.

@@ -82,7 +82,7 @@ def parallelize(target: T, config: ParallelConfig | None = None, comm: Comm | No
         agree(comm, {"VAE": "; ".join(whole) or "parallel"})  # or a rank with offload would leave the others to wait
         for model in models:
             nets = [] if model is target else _controlnets(target)
-            is_cut = config.strategy == "pipelined"  # into stages, not patches
+            is_cut = config.strategy in ("pipelined", "tensor")  # into stages or slices, not patches
             tables = [None if is_cut else controlnet_table(net, model) for net in nets]
             notes = list(whole)
             conditions: list[SharedCondition] = []

@@ -57,6 +57,19 @@ class BaseComm:
         """See `Comm.broadcast`."""
         raise NotImplementedError
 
+    def all_reduce(self, own: Tensor, *, kind: str) -> Tensor:
+        """See `Comm.all_reduce`."""
+        flat, count = own.reshape(-1), own.numel()
+        if self.world == 2:
+            return _sum(self.all_gather(flat, [count, count], kind=kind).wait()).view(own.shape)
+        sizes = [count * (rank + 1) // self.world - count * rank // self.world for rank in range(self.world)]
+        pieces = dict(enumerate(torch.split(flat, sizes)))
+        mine = pieces.pop(self.rank)
+        heard = {peer: torch.empty_like(mine) for peer in pieces}
+        self.swap(pieces, heard, kind=kind).wait()
+        total = _sum([heard.get(rank, mine) for rank in range(self.world)])
+        return torch.cat(self.all_gather(total, sizes, kind=kind).wait()).view(own.shape)
+
     def route(self, layout: Layout, *, kind: str) -> Route:
         """See `Comm.route`."""
         return PlainRoute(self, layout, kind)
@@ -125,6 +138,15 @@ class BaseComm:
             assert into.shape == (self.world, max(sizes)), f"into is {tuple(into.shape)}, sizes say {max(sizes)}"
             assert into.dtype == own.dtype
             assert into.is_contiguous()
+
+
+def _sum(parts: Sequence[Tensor]) -> Tensor:
+    """In order, which all ranks share."""
+    dtype = parts[0].dtype
+    total = parts[0].to(torch.float32) if dtype.itemsize < 4 else parts[0].clone()
+    for part in parts[1:]:
+        total += part
+    return total.to(dtype)
 
 
 def as_bytes(tensor: Tensor) -> Tensor:

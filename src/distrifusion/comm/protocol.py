@@ -81,7 +81,7 @@ class Comm(Protocol):
 
     Every launch takes its tensors as they are at the call; a tensor being sent or received into must be left alone
     until ``wait``. ``kind`` names the seam for the meter (``"halo"``, ``"moments"``, ``"context"``, ``"chunk"``,
-    ``"output"``, ``"control"``).
+    ``"sum"``, ``"output"``, ``"control"``).
     """
 
     rank: int
@@ -120,6 +120,14 @@ class Comm(Protocol):
         Sizes may differ and may be 0; they are the same list on all ranks. One dtype, contiguous. The result's own part
         is equal to ``own``. With ``into``, ``[world, largest size]`` of the same dtype, it is the beginnings of the
         rows of that, in any order, where anything travels; else it is new memory. Counts one message.
+        """
+        ...
+
+    def all_reduce(self, own: Tensor, *, kind: str) -> Tensor:
+        """The sum of everyone's tensor of one shape and dtype, equal on all ranks to the last bit. Waits.
+
+        Of a swap and an all-gather, ``2 (world - 1) / world`` of the tensor per rank; with two ranks one all-gather,
+        which is as many bytes. The sum is made in order of rank, in float32 where the dtype has fewer bits.
         """
         ...
 

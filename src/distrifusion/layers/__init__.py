@@ -12,6 +12,7 @@ from .norm import PatchGroupNorm
 from .prompt import PatchPrompt
 from .resample import PatchDownsample, PatchInterpolate, PatchPad, PatchUpsample
 from .seam import PatchFrameAttention, PatchSeam
+from .slices import JoinedSlice, Sliced, SlicedNorm, SummedSlice
 from .tokens import PatchArguments, PatchEntry, PatchExit, PatchSides
 from .unit import StageUnit
 
@@ -20,6 +21,7 @@ __all__ = [
     "Band",
     "Frame",
     "FrameHolder",
+    "JoinedSlice",
     "Layer",
     "PatchArguments",
     "PatchAttention",
@@ -40,5 +42,8 @@ __all__ = [
     "PatchSiLU",
     "PatchSides",
     "PatchUpsample",
+    "Sliced",
+    "SlicedNorm",
     "StageUnit",
+    "SummedSlice",
 ]

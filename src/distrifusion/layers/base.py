@@ -48,6 +48,7 @@ class Frame:
     context_window: float | None = None  # see ParallelConfig: which keys a patch's queries see
     sees_peers: bool = field(init=False)  # of the exchange: whether anything of the peers is known
     memory: dict[str, Any] = field(default_factory=dict)  # what layers keep, by name, in this picture and branch
+    asks_always: bool = False  # for rows of the neighbours also where there are none, so that the own ones can be kept
     chunk: int | None = None  # bytes that a layer works on at a time where it can; None: on all of its patch
     band: Band | None = None  # where the patch is one of several that a rank computes one after the other
 
@@ -206,7 +207,7 @@ def with_halo(frame: Frame, key: str, patch: Tensor, inputs: Split, outputs: Spl
     Zeros stand where the layer reads beyond the picture. The result has no rows where the rank owns no output.
     """
     dim, plan = frame.dim, halo(inputs, outputs, reader, frame.patch)
-    pending = frame.exchange.neighbours(key, patch, plan, dim) if plan.links else None
+    pending = frame.exchange.neighbours(key, patch, plan, dim) if plan.links or frame.asks_always else None
     own = plan.own_alone(frame.patch)
     if own is not None:
         if pending is not None:

@@ -150,6 +150,8 @@ class PatchExit(Layer):
     def _forward(self, *args: Any, **kwargs: Any) -> Any:
         out: Tensor = self.plain(self.module, *args, **kwargs)
         frame, split = self.frame, self.frame.split(TOKENS)
+        if split.num_patches == 1:
+            return out
         sizes = frame.num_tokens(TOKENS)
         own, joined = self._tokens.parts(out, sizes[frame.patch], frame)
         whole = own.new_zeros(own.shape[0], *frame.shape(TOKENS, split.size), own.shape[2])

@@ -9,15 +9,22 @@ import torch
 from torch import nn
 
 from ..boundary import Staged
+from ..stream import Pass
 from .base import FrameHolder, Layer
 
 
 class StageUnit(Layer):
-    """A unit of the stages of a model. Units of one ``group`` stay together."""
+    """A unit of the stages of a model. Units of one ``group`` stay together.
 
-    def __init__(self, module: nn.Module, key: str, holder: FrameHolder, *, group: int) -> None:
+    ``inside`` is a layer that takes over the same module where the unit runs.
+    """
+
+    def __init__(
+        self, module: nn.Module, key: str, holder: FrameHolder, *, group: int, inside: Layer | None = None
+    ) -> None:
         super().__init__(module, key, holder)
-        self._group = group
+        self.group = group
+        self._inside = inside
 
     @property
     def forward(self) -> Callable[..., Any]:
@@ -28,9 +35,11 @@ class StageUnit(Layer):
     @torch.compiler.disable  # type: ignore[untyped-decorator]
     def _forward(self, *args: Any, **kwargs: Any) -> Any:
         stage = self.frame.exchange
-        assert isinstance(stage, Staged)
+        assert isinstance(stage, Staged | Pass)
 
         def unit(*args: Any, **kwargs: Any) -> Any:
+            if self._inside is not None:
+                return self._inside.forward(*args, **kwargs)
             return type(self.module).forward(self.module, *args, **kwargs)
 
-        return stage.boundary(self.key, self._group, unit, args, kwargs)
+        return stage.boundary(self.key, self.group, unit, args, kwargs)

@@ -19,9 +19,12 @@ __all__ = [
     "Table",
     "controlnet_table",
     "feed_forwards",
+    "fused",
     "is_known",
     "known_ends",
+    "sliced_layers",
     "stage_layers",
+    "stream_layers",
     "supported",
     "table_for",
     "vae_halves",
@@ -93,6 +96,39 @@ def stage_layers(model: Any, num_stages: int, holder: FrameHolder) -> Iterator[L
     return units.stage_layers(model, plan, num_stages, holder)
 
 
+def stream_layers(model: Any, num_stages: int, holder: FrameHolder) -> Iterator[Layer]:
+    """The same, and the patch layers of ``model``, for patches that stream through the stages.
+
+    Raises:
+        ConfigError: fewer units than stages.
+        UnsupportedModel: it is no transformer.
+    """
+    from . import units
+    from .plans import PLANS
+
+    plan = next((plan for plan in PLANS if type(model) is plan.model), None)
+    return units.stream_layers(model, plan, num_stages, holder)
+
+
+def sliced_layers(model: Any, rank: int, num_ranks: int, holder: FrameHolder) -> Iterator[Layer]:
+    """The layers of ``model``, which has a table, of which ``rank`` has a slice of the weights; not attached.
+
+    Raises:
+        ConfigError: fewer heads, groups or features than ranks.
+        UnsupportedModel: a model, or a part of one, that is not known in slices.
+    """
+    from . import slices
+
+    return slices.sliced_layers(model, rank, num_ranks, holder)
+
+
+def fused(model: Any) -> frozenset[str]:
+    """Names of modules into whose weights an adapter is fused."""
+    from . import slices
+
+    return slices.fused(model)
+
+
 def is_known(model: Any) -> bool:
     """Whether a table knows the class of ``model``."""
     try:
@@ -105,7 +141,8 @@ def is_known(model: Any) -> bool:
 _MODULES = (
     "sync equals one device (relative L2 <= 1e-5, float32) at worlds 2, 3, 4, 5, 7, rows and columns, batch 1 to 3, \
 odd sizes; displaced with a held input equals sync: tests/test_unet_exact.py; pipelined with a held input equals one \
-device after as many steps as stages, worlds 2 to 7: tests/test_pipelined.py, tests/test_pipelined_pipelines.py"
+device after as many steps as stages, worlds 2 to 7: tests/test_pipelined.py, tests/test_pipelined_pipelines.py; \
+tensor equals one device at worlds 2 to 5, batch 2, heads and groups that the ranks do not divide: tests/test_tensor.py"
 )
 
 
@@ -117,7 +154,9 @@ sync equals one device (relative L2 <= 1e-5, float32) at worlds 2, 3, 4, 5, rows
 rows of tokens; displaced with a held input equals sync; cfg=2 at 2 and 4: tests/test_transformers.py; videos by \
 frames at 2 to 5: tests/test_transformers_video.py; final latents of whole pipelines, sync and displaced in warm-up, \
 worlds 2 and 3, cfg=2: tests/test_pipelines_cross.py, tests/test_pipelines_joint.py, tests/test_pipelines_video.py; \
-pipelined with a held input equals one device after two steps at world 2: tests/test_pipelined_transformers.py"""
+pipelined with a held input equals one device after two steps at world 2: tests/test_pipelined_transformers.py; \
+in patches that stream, after one more than there are blocks, worlds 2 and 3: tests/test_stream.py; tensor \
+equals one device at world 2, with 5 heads at 3 and 5, batch 2: tests/test_tensor.py"""
 
 
 _VAES = {

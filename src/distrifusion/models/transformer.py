@@ -64,7 +64,7 @@ class Plan:
     Args:
         model: the class, exactly.
         names: models that have it, for people.
-        seams: attentions over image tokens, and where these stand among the keys.
+        seams: attentions over image tokens, in the order in which they run, and where these stand among the keys.
         grid: of a call's picture.
         entries: modules whose output holds the tokens of the whole picture, and how, or what cuts it.
         exit: the last module over tokens.

@@ -9,7 +9,7 @@ from torch import nn
 
 from ..errors import ConfigError, UnsupportedModel
 from ..layers import FrameHolder, Layer, StageUnit
-from .transformer import Plan, matching
+from .transformer import Plan, TransformerTable, matching
 from .unet import FAMILIES
 
 Groups = list[tuple[str, ...]]
@@ -26,14 +26,44 @@ def stage_layers(model: Any, plan: Plan | None, num_stages: int, holder: FrameHo
     if plan is None and type(model) not in FAMILIES:
         raise UnsupportedModel(f"{type(model).__name__} is not known in stages; use another strategy than 'pipelined'")
     groups = _of_blocks(model, plan) if plan is not None else _of_unet(model)
-    if len(groups) < num_stages:
-        raise ConfigError(
-            f"{type(model).__name__} of {len(groups)} blocks cannot be cut into {num_stages} stages: "
-            f"pipe={len(groups)} is the most"
-        )
+    _check_number(model, len(groups), num_stages)
     for group, names in enumerate(groups):
         for name in names:
             yield StageUnit(model.get_submodule(name), name, holder, group=group)
+
+
+def stream_layers(model: Any, plan: Plan | None, num_stages: int, holder: FrameHolder) -> Iterator[Layer]:
+    """The units of a transformer, in the order they run, and its patch layers: for patches that stream through stages.
+
+    Raises:
+        ConfigError: fewer units than stages.
+        UnsupportedModel: it is no transformer, or has a module that would be computed wrongly in patches.
+    """
+    if plan is None:
+        raise UnsupportedModel(
+            f"patches of strategy='pipelined' are for transformers, not for {type(model).__name__}, "
+            "whose convolutions read all of a picture: leave patches out"
+        )
+    patterns = dict.fromkeys(f"{pattern.partition('*')[0]}*" for pattern in (*plan.seams, *plan.sums))
+    blocks = [(name, module) for each in patterns for name, module in model.named_modules() if matching(name, [each])]
+    _check_number(model, len(blocks), num_stages)
+    units = {id(module) for _, module in blocks}
+    inside: dict[int, Layer] = {}
+    for layer in TransformerTable(model, plan).layers(holder):
+        if id(layer.module) in units:
+            inside[id(layer.module)] = layer
+        else:
+            yield layer
+    for group, (name, module) in enumerate(blocks):
+        yield StageUnit(module, name, holder, group=group, inside=inside.get(id(module)))
+
+
+def _check_number(model: Any, num_blocks: int, num_stages: int) -> None:
+    if num_blocks < num_stages:
+        raise ConfigError(
+            f"{type(model).__name__} of {num_blocks} blocks cannot be cut into {num_stages} stages: "
+            f"pipe={num_blocks} is the most"
+        )
 
 
 def _of_unet(model: Any) -> Groups:

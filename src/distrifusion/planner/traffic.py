@@ -68,15 +68,34 @@ class Sums:
     shape: tuple[int, ...]
 
 
-Seam = Conv | Upsampling | Norm | Context | Sums
+@dataclass(frozen=True)
+class Total:
+    """Under ``tensor``: ``numbers`` of each picture, of which every rank has a part of the sum.
+
+    ``item``: bytes of one.
+    """
+
+    numbers: int
+    item: int = 4
+
+
+@dataclass(frozen=True)
+class Joint:
+    """Under ``tensor``: ``channels`` of ``numbers`` of each picture, of which every rank makes some."""
+
+    channels: int
+    numbers: int
+
+
+Seam = Conv | Upsampling | Norm | Context | Sums | Total | Joint
 
 
 @dataclass(frozen=True)
 class Anatomy:
     """Where the tokens of one call of a model look beyond their patch: its seams in the order of the call.
 
-    Of one size or of all, whatever is the split: sizes are those of the `Levels`. `models.anatomy` learns it from a
-    model.
+    Of one size or of all, whatever is the split: sizes are those of the `Levels`. `strategies.anatomy` learns it from a
+    model. For ``tensor`` there is another one, of the size that it was learned with.
 
     Args:
         seams: as they are passed.
@@ -110,7 +129,8 @@ def traffic(
 
     Args:
         anatomy: of the model.
-        levels: the split over the patches. Their number times ``config.cfg`` is the world.
+        levels: the split over the patches. Their number times ``config.cfg`` is the world. Under ``tensor`` their
+            number is that of the ranks that share the weights.
         config: ``warmup_steps`` says which steps are displaced; all that are send alike, the first one included. Of
             ``shifted``, what it sends with ``latents="whole"``; rows that move are fewer.
         rank: in the world.
@@ -126,8 +146,10 @@ def traffic(
     num_patches = levels.splits[0].num_patches
     share = batch // config.cfg if batch >= config.cfg else batch
     said = Traffic()
+    if config.strategy == "tensor":
+        _summed(said, anatomy, share, rank % num_patches, num_patches)
     stands_alone = config.strategy == "naive" or (config.strategy == "shifted" and step >= config.warmup_steps)
-    if num_patches > 1 and not stands_alone:
+    if num_patches > 1 and not stands_alone and config.strategy != "tensor":
         ranks = [_Rank(anatomy, levels, config, share, patch) for patch in range(num_patches)]
         own = ranks[rank % num_patches]
         if config.strategy == "displaced" and step > config.warmup_steps:
@@ -135,7 +157,8 @@ def traffic(
         else:
             _synchronous(said, own, ranks, coded=config.strategy == "sync" and step > 0)
     groups = config.cfg if share < batch else 1
-    largest = max(levels.splits[0].sizes) * levels.across[0] * anatomy.channels * share
+    rows = max(levels.splits[0].sizes) if config.strategy != "tensor" else ceil(levels.splits[0].size / num_patches)
+    largest = rows * levels.across[0] * anatomy.channels * share
     probes = min(PROBES, batch * anatomy.channels * levels.splits[0].size * levels.across[0])
     said.add("output", (largest + probes) * anatomy.item * (groups * num_patches - 1))
     return said
@@ -170,6 +193,7 @@ class _Rank:
         return [self._at(seam) for seam in self._anatomy.seams]
 
     def _at(self, seam: Seam) -> _Said:
+        assert not isinstance(seam, Total | Joint), "an anatomy for strategy='tensor'"
         batch, item, codecs = self._batch, self._anatomy.item, self._config.codecs
         if isinstance(seam, Norm):
             return _Said("moments", {None: (1 + 2 * batch * seam.groups,)}, 4, None)
@@ -218,6 +242,25 @@ class _Rank:
         window = seam.windows[self._config.split == "cols"]
         taps = [row * window.stride - window.padding[0] + window.dilation * tap for tap in range(window.kernel)]
         return taps[0], taps[-1]
+
+
+def _summed(said: Traffic, anatomy: Anatomy, batch: int, rank: int, num_ranks: int) -> None:
+    """Of a sum: to each peer the piece that it adds up, and the own piece of the total to all; two ranks send all."""
+    for seam in anatomy.seams:
+        if isinstance(seam, Joint):
+            widest = ceil(seam.channels / num_ranks) * (seam.numbers // seam.channels)
+            said.add("sum", batch * widest * anatomy.item * (num_ranks - 1))
+            continue
+        assert isinstance(seam, Total), "an anatomy for patches"
+        count = batch * seam.numbers
+        if num_ranks == 2:
+            said.add("sum", count * seam.item)
+            continue
+        ends = [count * (place + 1) // num_ranks for place in range(num_ranks)]
+        pieces = [end - start for start, end in zip([0, *ends], ends, strict=False)]
+        for peer, piece in enumerate(pieces):
+            said.add("sum", piece * seam.item if peer != rank else 0)
+        said.add("sum", max(pieces) * seam.item * (num_ranks - 1))
 
 
 def _synchronous(said: Traffic, own: _Rank, ranks: Sequence[_Rank], *, coded: bool) -> None:

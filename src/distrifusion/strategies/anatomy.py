@@ -15,16 +15,19 @@ from ..geometry import Halo
 from ..layers import (
     Frame,
     FrameHolder,
+    JoinedSlice,
     Layer,
     PatchAttention,
     PatchConv,
     PatchLinearAttention,
     PatchUpsample,
+    SlicedNorm,
+    SummedSlice,
 )
 from ..layers.tokens import TOKENS
-from ..models import table_for
+from ..models import sliced_layers, table_for
 from ..moments import combine
-from ..planner import Anatomy, Context, Conv, Norm, Seam, Sums, Upsampling
+from ..planner import Anatomy, Context, Conv, Joint, Norm, Seam, Sums, Total, Upsampling
 
 
 def anatomy_of(model: nn.Module, *args: Any, **kwargs: Any) -> Anatomy:
@@ -56,6 +59,41 @@ def anatomy_of(model: nn.Module, *args: Any, **kwargs: Any) -> Anatomy:
         result = table.finish(type(model).forward(model, **own.arguments), frame)
         prediction = table.fold(result[0], own, frame)
     return Anatomy(tuple(noting.seams), prediction.shape[1], prediction.element_size())
+
+
+def anatomy_of_slices(model: nn.Module, *args: Any, **kwargs: Any) -> Anatomy:
+    """The same for ``strategy="tensor"``: what is added up, and joined, in a call with these arguments.
+
+    Of their size. Models may be on the ``meta`` device, where nothing is computed.
+
+    Raises:
+        UnsupportedModel: as `parallelize`.
+    """
+    table = table_for(model)
+    call = table.bind(args, kwargs)
+    batch, item, seams = call.sample.shape[0], call.sample.element_size(), list[Seam]()
+
+    def note(layer: Layer) -> Callable[[nn.Module, tuple[Tensor, ...], Tensor], None]:
+        def hook(_: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
+            numbers = output.numel() // batch
+            if isinstance(layer, JoinedSlice):
+                seams.append(Joint(output.shape[1], numbers))
+            elif isinstance(layer, SlicedNorm):  # the squares of a token, in float32
+                seams.append(Total(numbers // output.shape[-1], 4))
+            else:
+                seams.append(Total(numbers, item))
+
+        return hook
+
+    with ExitStack() as hooked, torch.no_grad():
+        for layer in sliced_layers(model, 0, 1, FrameHolder()):
+            if isinstance(layer, SummedSlice | JoinedSlice | SlicedNorm):
+                hooked.callback(layer.module.register_forward_hook(note(layer)).remove)
+        result = type(model).forward(model, **call.arguments)
+    levels = table.levels(*table.size(call), (1.0,), 2)
+    frame = Frame(0, 2, levels, _Noting([], batch), table.third(call, 2), table.num_guests(call))
+    prediction = table.fold(result[0], call, frame)
+    return Anatomy(tuple(seams), prediction.shape[1], prediction.element_size())
 
 
 class _Noting:

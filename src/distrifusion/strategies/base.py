@@ -10,6 +10,7 @@ from ..comm.residual import Wire
 from ..comm.slots import Slots
 from ..exchange import Exchange
 from ..geometry import Levels, Moved, Split
+from ..stream import Course
 
 
 @dataclass
@@ -22,6 +23,7 @@ class State:
     slots: Slots | None = None  # of strategies with late values
     wire: Wire | None = None  # of synchronous values that travel as residuals
     stages: Stages | None = None  # of a model that is cut over its depth
+    course: Course | None = None  # of patches that stream through the stages
     is_checked: bool = False  # whether the ranks have compared what they were given
     is_halved: bool = False  # whether only one half of the ranks makes its steps
     last: Any = None  # what a call gave, for shapes and class
@@ -35,7 +37,7 @@ class State:
     def forget(self, fresh: State) -> None:
         """Go on without the words of the step before, as ``fresh`` has none."""
         self.drain()
-        self.slots, self.wire, self.stages = fresh.slots, fresh.wire, fresh.stages
+        self.slots, self.wire, self.stages, self.course = fresh.slots, fresh.wire, fresh.stages, fresh.course
 
     def depart(self) -> None:
         """Let leave what has waited for the prediction to go first."""
@@ -46,6 +48,8 @@ class State:
         """Wait for what is still under way."""
         if self.slots is not None:
             self.slots.drain()
+        if self.course is not None:
+            self.course.drain()
 
 
 class Strategy(Protocol):

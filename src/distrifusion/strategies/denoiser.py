@@ -20,8 +20,8 @@ from ..geometry import Levels, Moved, Split
 from ..layers import Attached, Frame, FrameHolder
 from ..layers.base import put_rows
 from ..mesh import Mesh
-from ..metrics import Report
-from ..models import Call, Table, stage_layers
+from ..metrics import Report, human_bytes
+from ..models import Call, Table, fused, sliced_layers, stage_layers
 from ..planner.memory import Budget
 from . import strategy_for
 from .agreement import check_call, check_latents, probe
@@ -35,6 +35,8 @@ from .independent import blended
 from .pairs import Pairs, Ran
 from .pictures import Pictures
 from .rows import Rows, Sharing
+from .streamed import Streamed
+from .streaming import Streaming
 
 T = TypeVar("T")
 
@@ -104,9 +106,16 @@ class ParallelDenoiser:
         self.budget = budget
         self._chunk: int | None = None  # see Frame
         self._cost = Cost()  # of a feeder, until it is asked for
-        self._strategy = strategy_for(config, self._guidance.patches)
+        self._strategy = strategy_for(config, self._guidance.patches, comm)
         self._holder = FrameHolder()
         self._layers = Attached()
+        self._streaming: Streaming | None = None
+        self._streamed = self._strategy if isinstance(self._strategy, Streamed) else None
+        if self._streamed is not None:
+            assert config.patches is not None
+            self._streaming = Streaming(
+                self._streamed, table, config.patches, self._holder, _DIMS[config.split], self._guidance
+            )
         self._pictures = Pictures(self._strategy, timesteps)
         self._timesteps = timesteps
         self._dim = _DIMS[config.split]
@@ -123,9 +132,12 @@ class ParallelDenoiser:
         self._is_running = False
         self._inner: Callable[..., Any] = table.model.forward
         self._compiling = Compiling(table.model, self._inner, wrapper)
-        self.report = self._new_report()
         self._previous = table.model.__dict__.get("forward")
+        self._fused, self._num_bytes = fused(table.model), _weights(table.model)  # before there are slices
         self._attach_layers()
+        self.report = self._new_report()
+        if self._streamed is not None:
+            self._streamed.free()
 
         @functools.wraps(self._inner)
         def forward(*args: Any, **kwargs: Any) -> Any:
@@ -168,12 +180,19 @@ class ParallelDenoiser:
                 f"{type(found[0]).__name__} was wrapped by another library (offload, casting or cache hooks) after "
                 "df.parallelize; take that off before df.restore"
             )
+        if self._mesh.size("tensor") > 1 and not self._is_detached and fused(self.model) != self._fused:
+            raise ConfigError(
+                f"a LoRA of {type(self.model).__name__} was fused, or unfused, after df.parallelize, in slices of the "
+                "weights only; take that back before df.restore"
+            )
 
     def _detach(self) -> None:
         if self._is_detached:
             return
         self._is_detached = True
         self._pictures.forget()
+        if self._streamed is not None:
+            self._streamed.give_back()
         for condition in self._conditions:
             condition.detach()
         self._layers.detach()
@@ -227,6 +246,8 @@ class ParallelDenoiser:
         if is_new_picture:
             self.report = self._new_report()
             self._sharing = self._new_sharing()
+            if self._streaming is not None:
+                self._streaming.start()
             if self._table.gathers:
                 self._balance.start()
         if self._sharing is not None and self._is_last(call, state):
@@ -251,6 +272,8 @@ class ParallelDenoiser:
 
     def _run(self, call: Call, state: State) -> Ran:
         """Run the model on this rank's patch and part of the batch."""
+        if self._streaming is not None:
+            return self._stream(self._streaming, call, state)
         num_patches = self._mesh.size("patch")
         picture = self._levels(call)
         if state.levels is not None and state.levels != picture:
@@ -291,11 +314,26 @@ class ParallelDenoiser:
         else:  # one rank has the whole prediction
             self.report.stages, self.report.balance = stages.names, str(self._config.balance or "even")
             split = stages.output_split(split.size)
+        if self._mesh.size("tensor") > 1:
+            split, own = self._own_share(own)
         return Ran(result, own, split, self._moved)
+
+    def _stream(self, streaming: Streaming, call: Call, state: State) -> Ran:
+        """Run this rank's stage of the model, on its part of the batch."""
+        is_last = self._is_last(call, state)
+        flow = streaming.step(call, self._own_batch(call), state, self._inner, is_last=is_last)
+        assert state.course is not None
+        state.step += 1
+        self._cost.num_calls += 1
+        self._kind = flow.kind
+        self.report.stages, self.report.patches = state.course.names(), flow.levels.splits[0].sizes
+        if flow.note is not None and flow.note not in self.report.notes:
+            self.report.notes.append(flow.note)
+        return Ran(flow.result, flow.own, streaming.output_split(flow.levels.splits[0].size), coming=flow.coming)
 
     def _skip(self, before: Ran, call: Call, state: State) -> Ran:
         """See `Pairs`."""
-        if self._mesh.size("pipe") > 1:
+        if self._mesh.size("pipe") > 1 or self._mesh.size("tensor") > 1:
             return before
         split = self._levels(call).splits[0]
         moved = self._moves(call, state, split, is_fed=False)
@@ -305,6 +343,13 @@ class ParallelDenoiser:
             shape[self._dim] = len(moved.window(self._mesh.coordinate(self._comm.rank, "patch")))
             own = own.new_zeros(shape)
         return replace(before, own=own, split=split, moved=moved)
+
+    def _own_share(self, whole: torch.Tensor) -> tuple[Split, torch.Tensor]:
+        """What this rank says of a prediction that all ranks have: some of its rows, so that all say equally much."""
+        num_ranks, rows = self._mesh.size("tensor"), whole.shape[self._dim]
+        split = Split(tuple(rows * place // num_ranks for place in range(num_ranks + 1)))
+        span = split.span(self._mesh.coordinate(self._comm.rank, "tensor"))
+        return split, whole.narrow(self._dim, span.start, len(span))
 
     def _levels(self, call: Call, weights: tuple[float, ...] | None = None) -> Levels:
         """The rows of all ranks at every level, by ``weights``; None: by the present ones."""
@@ -371,6 +416,8 @@ class ParallelDenoiser:
 
     def _deliver(self, ran: Ran, call: Call, halves: Halves) -> Any:
         """Everyone's predictions, as the model returns them. See `Pairs`."""
+        if ran.coming is not None:
+            return ran.coming
         batch, own, split = call.sample.shape[0], ran.own, ran.split
         if ran.moved is not None:
             own, split = blended(own, ran.moved, self._guidance.patches, self._dim), ran.moved.split
@@ -408,8 +455,16 @@ class ParallelDenoiser:
         if self._mesh.size("cfg") > 1 and not self._table.splits_guidance():
             raise ConfigError("cfg=2 does not work with PAG, whose branches must share a batch; use cfg=1")
         num_stages = self._mesh.size("pipe")
+        if self._streamed is not None:
+            self._layers.follow(self._streamed.layers(self.model, self._holder))
+            return
         if num_stages > 1:
             self._layers.follow(stage_layers(self.model, num_stages, self._holder))
+            return
+        num_slices = self._mesh.size("tensor")
+        if num_slices > 1:
+            place = self._mesh.coordinate(self._comm.rank, "tensor")
+            self._layers.follow(sliced_layers(self.model, place, num_slices, self._holder))
             return
         is_cut, has_budget = self._mesh.size("patch") > 1, self.budget is not None
         if is_cut or has_budget or any(self._config.rings):
@@ -446,9 +501,17 @@ class ParallelDenoiser:
             for extra in self._config.extras
         ]
         notes += self._notes + ([self._compiling.note] if self._compiling.note else [])
+        if self._mesh.size("tensor") > 1:
+            held, whole = human_bytes(_weights(self.model)), human_bytes(self._num_bytes)
+            notes.append(f"{held} of {whole} of weights on this rank")
         if self._mesh.size("pipe") > 1 and any(each._compiled_call_impl is not None for each in self.model.modules()):
             notes.append("torch.compile does nothing while pipelined")
         return Report(self._config.strategy, str(self._mesh), self._config.split, notes=notes)
+
+
+def _weights(model: nn.Module) -> int:
+    """Bytes."""
+    return sum(parameter.numel() * parameter.element_size() for parameter in model.parameters())
 
 
 def _has_rows(result: Any) -> bool:

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from ..comm import Comm
 from ..errors import ConfigError, DistrifusionError
 from .agreement import agree
+from .freed import Freed
 
 
 class SharedEncoder:
@@ -37,9 +38,6 @@ class SharedEncoder:
         self._name = name
         self._comm = comm
         self._owner = owner
-        # What has one holder: parameters and their shapes, in one order on all ranks.
-        matrices = [weight for weight in module.parameters() if weight.dim() > 1] if freed else []
-        self._freed = [(weight, weight.shape) for weight in matrices]
         self._inner: Callable[..., Any] = module.forward
         self._previous = module.__dict__.get("forward")
 
@@ -49,9 +47,10 @@ class SharedEncoder:
 
         self._outer: Callable[..., Any] = torch.compiler.disable(forward)  # type: ignore[no-untyped-call]
         module.forward = self._outer
-        if comm.rank != owner:
-            for weight, _ in self._freed:
-                weight.data = weight.data.new_empty(0)  # on its device, in its dtype: pipelines ask for both
+        # On their device, in their dtype: pipelines ask for both.
+        self._freed = Freed(
+            [weight for weight in module.parameters() if weight.dim() > 1] if freed else [], comm, owner
+        )
 
     def detach(self) -> None:
         """Give the module its own forward back. Collective where its memory was freed: the owner sends it again.
@@ -61,10 +60,7 @@ class SharedEncoder:
         """
         if self._module.__dict__.get("forward") != self._outer:
             raise ConfigError(f"the forward of {self._name} was replaced since df.parallelize; take that back first")
-        for weight, shape in self._freed:
-            if self._comm.rank != self._owner:
-                weight.data = weight.data.new_empty(shape)
-            self._comm.broadcast(weight.data.contiguous(), self._owner)  # the owner's may be strided
+        self._freed.give_back()
         if self._previous is None:
             del self._module.forward
         else:

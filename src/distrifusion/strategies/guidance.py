@@ -32,7 +32,7 @@ class Guidance:
 
     def share(self, batch: int) -> Span:
         """The part of the batch that is this rank's."""
-        return self._shares(batch)[self.branch]
+        return self.shares(batch)[self.branch]
 
     def gather(
         self, own: Tensor, extra: Tensor, batch: int, split: Split, dim: int, halves: Halves = None
@@ -88,13 +88,14 @@ class Guidance:
 
     def _said(self, batch: int, halves: Halves) -> tuple[list[Span | None], bool]:
         """What each branch says of the batch, and whether it need not hear the other, which has computed the same."""
-        shares: list[Span | None] = [*self._shares(batch)]
+        shares: list[Span | None] = [*self.shares(batch)]
         alone = halves is None and shares[0] == shares[-1]
         if halves is not None:
             shares = [Span(0, batch) if branch in halves else None for branch in range(len(shares))]
         return shares, alone
 
-    def _shares(self, batch: int) -> Sequence[Span]:
+    def shares(self, batch: int) -> Sequence[Span]:
+        """The part of the batch of each branch."""
         num_branches = self._mesh.size("cfg")
         if batch < num_branches:
             return [Span(0, batch)] * num_branches

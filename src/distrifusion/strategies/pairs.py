@@ -23,6 +23,7 @@ class Ran:
     own: Tensor  # own rows [B, C, rows, W] of the prediction (their window, if alone), or frames [B, frames, C, H, W]
     split: Split  # of the picture
     moved: Moved | None = None  # where the patches were, if each stands alone
+    coming: Any = None  # the prediction, where its patches are still under way
 
 
 @dataclass

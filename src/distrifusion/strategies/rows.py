@@ -20,30 +20,7 @@ from torch.utils._pytree import tree_flatten, tree_map_only, tree_unflatten
 from ..comm import Comm
 from ..geometry import Moved, Split, moves
 from ..layers.base import attach, own_rows, rows_of
-
-_OPS = torch.ops.aten
-_ALSO = {_OPS._to_copy.default, _OPS.alias.default, _OPS.clone.default, _OPS.detach.default}
-"""Operations on each value alone that torch does not count among them."""
-
-_OF_ONE_DIM = {
-    _OPS.cat.default: 1,
-    _OPS.select.int: 1,
-    _OPS.slice.Tensor: 1,
-    _OPS.split.Tensor: 2,
-    _OPS.unbind.int: 1,
-    _OPS.unsqueeze.default: 1,
-}
-"""Operations along one dim, by the place of that argument; its default is 0."""
-
-_OF_SHAPE = {
-    _OPS.empty_like.default,
-    _OPS.full_like.default,
-    _OPS.ones_like.default,
-    _OPS.rand_like.default,
-    _OPS.randn_like.default,
-    _OPS.zeros_like.default,
-}
-"""Operations that ask for the shape alone. Noise is drawn for the whole, so that it is one device's."""
+from .values import OF_SHAPE, InParts, is_along_another, is_by_value
 
 
 class Sharing:
@@ -83,7 +60,7 @@ class _Held:
         return None if self.words.is_inference() else self.words._version
 
 
-class Rows(Tensor):
+class Rows(InParts):
     """The rows of one rank, as a tensor of the whole shape.
 
     Args:
@@ -93,8 +70,6 @@ class Rows(Tensor):
         sharing: the ranks.
         step: see `_Held`.
     """
-
-    __torch_function__ = torch._C._disabled_torch_function_impl  # type: ignore[assignment]
 
     _held: _Held
 
@@ -187,7 +162,7 @@ class Rows(Tensor):
         """Torch's hook below every operation."""
         leaves, spec = tree_flatten((args, kwargs or {}))
         rows = [leaf for leaf in leaves if isinstance(leaf, Rows) and not leaf._held.is_whole]
-        if func in _OF_SHAPE:
+        if func in OF_SHAPE:
             leaves[0] = torch.empty(leaves[0].shape, dtype=leaves[0].dtype, device=leaves[0].device)
             rows = []
         target = _target(func, args, kwargs or {}, rows)
@@ -197,26 +172,6 @@ class Rows(Tensor):
             return leaves[0] if func._schema.is_mutable and isinstance(leaves[0], Rows) else result
         return _on_rows(func, leaves, spec, rows, target)
 
-    # What reads a tensor's memory, not its values.
-
-    def numpy(self, *, force: bool = False) -> Any:
-        """All rows, as ``Tensor.numpy``."""
-        return self.whole().numpy(force=force)
-
-    def tolist(self) -> Any:
-        """All rows, as ``Tensor.tolist``."""
-        return self.whole().tolist()
-
-    def __array__(self, dtype: Any = None, copy: bool | None = None) -> Any:
-        array = self.whole().numpy()
-        return array if dtype is None else array.astype(dtype)
-
-    def __deepcopy__(self, memo: Any) -> Tensor:
-        return self.whole().clone()
-
-    def __reduce_ex__(self, protocol: Any) -> Any:
-        return self.whole().__reduce_ex__(protocol)  # type: ignore[no-untyped-call]
-
 
 def _target(func: Any, args: Any, kwargs: Any, rows: list[Rows]) -> _Held | None:
     """Whose rows the result of an operation on ``rows``, none of them whole, has; None: it is one of the whole."""
@@ -225,21 +180,10 @@ def _target(func: Any, args: Any, kwargs: Any, rows: list[Rows]) -> _Held | None
     held = max((row._held for row in rows), key=lambda each: each.step)
     if held.sharing.is_over or any((row._held.sharing, row._held.dim) != (held.sharing, held.dim) for row in rows):
         return None
-    is_by_value = func in _ALSO or torch.Tag.pointwise in func.tags
-    is_by_value = is_by_value and torch.Tag.nondeterministic_seeded not in func.tags  # noise is drawn for the whole
     if func._schema.is_mutable:
         is_into_rows = any(args[0] is row for row in rows) and "out" not in kwargs
-        return args[0]._held if is_by_value and is_into_rows else None
-    if is_by_value:
-        return held
-    if func not in _OF_ONE_DIM:
-        return None
-    place = _OF_ONE_DIM[func]
-    dim = args[place] if len(args) > place else kwargs.get("dim", 0)
-    ndim = rows[0].ndim + (func is _OPS.unsqueeze.default)
-    dim, along = dim % ndim, ndim + held.dim
-    removes = func in (_OPS.select.int, _OPS.unbind.int, _OPS.unsqueeze.default)
-    return held if dim < along or (dim > along and not removes) else None
+        return args[0]._held if is_by_value(func) and is_into_rows else None
+    return held if is_by_value(func) or is_along_another(func, args, kwargs, rows[0], held.dim) else None
 
 
 def _on_rows(func: Any, leaves: list[Any], spec: Any, rows: list[Rows], target: _Held) -> Any:

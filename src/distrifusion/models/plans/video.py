@@ -102,7 +102,7 @@ VIDEO: tuple[Plan, ...] = (
             "patch_embedding": Tokens(2, is_map=True),
             "vace_patch_embedding": Tokens(2, is_map=True),
         },
-        seams={"blocks.*.attn1": "last", "vace_blocks.*.attn1": "last"},
+        seams={"vace_blocks.*.attn1": "last", "blocks.*.attn1": "last"},
         texts=("blocks.*.attn2", "vace_blocks.*.attn2"),
         grid=_of_video,
         patch=_rows_of_patch,
