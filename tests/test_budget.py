@@ -283,6 +283,13 @@ def test_a_rehearsal_counts_tensors_while_they_live() -> None:
     assert three.shape == (1024,)
 
 
+def test_a_compiled_model_is_refused() -> None:
+    model = nn.Sequential(nn.Linear(4, 4))
+    model[0].compile()
+    with pytest.raises(df.UnsupportedModel, match="Sequential is compiled, so that max_memory cannot be planned"):
+        rehearsal(model)
+
+
 def test_what_stays_from_step_to_step_is_counted() -> None:
     x, settings = latents("class-timestep", 1, 8, 8), conditioning("class-timestep", 1)
     config = ParallelConfig(strategy="displaced", warmup_steps=0, max_memory=PLENTY)

@@ -14,6 +14,8 @@ from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map_only
 
+from .errors import UnsupportedModel
+
 T = TypeVar("T")
 
 
@@ -53,7 +55,13 @@ class Rehearsal:
 
 
 def rehearsal(model: nn.Module) -> Rehearsal:
-    """A rehearsal of ``model``, whose weights count as there already. They may be `imagined`."""
+    """A rehearsal of ``model``, whose weights count as there already. They may be `imagined`.
+
+    Raises:
+        UnsupportedModel: parts of it are compiled: what a graph holds is not known before it has run.
+    """
+    if any(module._compiled_call_impl is not None for module in model.modules()):
+        raise UnsupportedModel(f"{type(model).__name__} is compiled, so that max_memory cannot be planned; leave one out")
     weights = [*model.parameters(), *model.buffers()]
     modes = [weight.fake_mode for weight in weights if isinstance(weight, FakeTensor)]
     return Rehearsal(modes[0] if modes else FakeTensorMode(allow_non_fake_inputs=True), weights)
