@@ -61,7 +61,9 @@ def rehearsal(model: nn.Module) -> Rehearsal:
         UnsupportedModel: parts of it are compiled: what a graph holds is not known before it has run.
     """
     if any(module._compiled_call_impl is not None for module in model.modules()):
-        raise UnsupportedModel(f"{type(model).__name__} is compiled, so that max_memory cannot be planned; leave one out")
+        raise UnsupportedModel(
+            f"{type(model).__name__} is compiled, so that max_memory cannot be planned; leave one out"
+        )
     weights = [*model.parameters(), *model.buffers()]
     modes = [weight.fake_mode for weight in weights if isinstance(weight, FakeTensor)]
     return Rehearsal(modes[0] if modes else FakeTensorMode(allow_non_fake_inputs=True), weights)
