@@ -1,7 +1,7 @@
 """Memory that each rank held at most while the bundled model painted, with a budget and without: docs/memory.md.
 
 ``OMP_NUM_THREADS=1 python benchmarks/memory_budget.py 1024 1 none 700MiB``: pixels per side, ranks, and budgets (none:
-without). Two steps, since all take the same. Linux, on the CPU.
+without). One step, since all take the same. Linux, on the CPU.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ def main(side: int, num_ranks: int, *budgets: str) -> None:
     for budget in budgets:
         config = df.ParallelConfig(strategy="sync", max_memory=None if budget == "none" else budget)
         with df.Engine(config=config, nproc=num_ranks) as engine:
-            found = engine.generate("green hills", height=side, width=side, steps=2, seed=0, guidance_scale=2.5)
+            found = engine.generate("green hills", height=side, width=side, steps=1, seed=0, guidance_scale=2.5)
             peaks = [human_bytes(peak(pid)) for _, pid in sorted(engine.pids.items())]
         print(f"{side} px, budget {budget}: peak of each rank {', '.join(peaks)} in {found.seconds:.0f} s", flush=True)
         print("\n".join(f"  {note}" for note in found.report.notes), flush=True)
