@@ -76,8 +76,11 @@ def as_input(pictures: np.ndarray) -> Tensor:
 
 def train(options: argparse.Namespace) -> Reader:
     """Train on the cached renders, shifted along x and a little noisy or blurred."""
-    torch.manual_seed(0)
-    reader, rng, begin = Reader().to(memory_format=torch.channels_last), np.random.default_rng(0), time.monotonic()
+    torch.manual_seed(0)  # of the weights; minutes are of the clock, so no two runs are alike anyway
+    reader, rng, begin = Reader(), np.random.default_rng(), time.monotonic()
+    if (options.out / "reader.pt").exists():  # goes on, with other pictures and a rate that begins anew
+        reader = load_reader(options.out)
+    reader = reader.to(memory_format=torch.channels_last)
     pictures = np.load(pictures_path(options.cache, f"{SIZE}x{SIZE}"), mmap_mode="r")
     labels = [labels_of(scene_of(f"{SIZE}x{SIZE}", index)) for index in range(len(pictures))]
     classes, things = torch.tensor([entry[0] for entry in labels]), torch.tensor([entry[1] for entry in labels])
