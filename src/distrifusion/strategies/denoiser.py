@@ -15,10 +15,7 @@ from ..boundary import Staged
 from ..comm import Comm
 from ..config import ParallelConfig
 from ..errors import ConfigError, UnsupportedModel
-from ..exchange import Exchange
-from ..geometry import Levels, Moved, Split
-from ..layers import Attached, Frame, FrameHolder
-from ..layers.base import put_rows
+from ..layers import Attached, FrameHolder
 from ..mesh import Mesh
 from ..metrics import Report, human_bytes
 from ..models import Call, Table, fused, sliced_layers, stage_layers
@@ -30,6 +27,7 @@ from .base import State
 from .budget import Pretended, StepTrial, largest_patch, patch_layers
 from .compiling import Compiling
 from .condition import SharedCondition
+from .cutting import Cutting, check_model
 from .guidance import Guidance, Halves
 from .independent import blended
 from .pairs import Pairs, Ran
@@ -39,8 +37,6 @@ from .streamed import Streamed
 from .streaming import Streaming
 
 T = TypeVar("T")
-
-_DIMS = {"frames": 1, "rows": 2, "cols": 3}  # of what tables fold a prediction to
 
 
 class ParallelDenoiser:
@@ -81,19 +77,7 @@ class ParallelDenoiser:
         wrapper: Any = None,
         budget: Budget | None = None,
     ) -> None:
-        if config.context_window is not None and not table.has_window:
-            raise UnsupportedModel(
-                f"context_window={config.context_window} is known for U-Nets only, not for {type(table.model).__name__}"
-            )
-        if any(config.rings) and table.has_positions:
-            raise UnsupportedModel(
-                f"topology={config.topology!r}: {type(table.model).__name__} knows the position of each part of a "
-                "picture, so that its ends do not meet; known for U-Nets only"
-            )
-        if config.split == "frames" and not table.has_frames:
-            raise UnsupportedModel(
-                f"split='frames' is for models of videos, not for {type(table.model).__name__}: use 'rows' or 'cols'"
-            )
+        check_model(table, config)
         self._table = table
         self._config = config
         self._comm = comm
@@ -104,9 +88,9 @@ class ParallelDenoiser:
         self._conditions = tuple(conditions)
         self._notes = list(notes)
         self.budget = budget
-        self._chunk: int | None = None  # see Frame
         self._cost = Cost()  # of a feeder, until it is asked for
         self._strategy = strategy_for(config, self._guidance.patches, comm)
+        self._cutting = Cutting(table, config, self._mesh, comm.rank, self._balance, self._strategy)
         self._holder = FrameHolder()
         self._layers = Attached()
         self._streaming: Streaming | None = None
@@ -114,11 +98,10 @@ class ParallelDenoiser:
         if self._streamed is not None:
             assert config.patches is not None
             self._streaming = Streaming(
-                self._streamed, table, config.patches, self._holder, _DIMS[config.split], self._guidance
+                self._streamed, table, config.patches, self._holder, self._cutting.dim, self._guidance
             )
         self._pictures = Pictures(self._strategy, timesteps)
         self._timesteps = timesteps
-        self._dim = _DIMS[config.split]
         self._is_spread = self._mesh.world > self._mesh.size("cfg")
         has_halves = self._mesh.size("cfg") > 1 and not self._feeders
         branch = self._guidance.branch if has_halves else None
@@ -126,7 +109,6 @@ class ParallelDenoiser:
         self._pairs = Pairs(branch, self._run, self._skip, self._deliver, start, self._pictures.place, self._guarded)
         self._leaving: State | None = None  # of the call whose last words go behind its prediction
         self._kind = "sync"  # how fresh the last call was
-        self._moved: Moved | None = None  # where the patches of the last call were, if each stood alone
         self._sharing: Sharing | None = None  # of the present picture
         self._num_predictions = 0  # in rows
         self._is_running = False
@@ -265,7 +247,9 @@ class ParallelDenoiser:
         result = self._pairs.call(call, state)
         # Rows change between two steps, never in one: feeders run before this model, and the halves of `Pairs` meet.
         is_last, size = place == num_branches - 1, self._table.size(call)
-        news = self._balance.end_call(state.num_calls, is_last, size, lambda weights: self._levels(call, weights))
+        news = self._balance.end_call(
+            state.num_calls, is_last, size, lambda weights: self._cutting.levels(call, weights)
+        )
         if news:
             self.report.notes.append(news)
         return result
@@ -274,17 +258,18 @@ class ParallelDenoiser:
         """Run the model on this rank's patch and part of the batch."""
         if self._streaming is not None:
             return self._stream(self._streaming, call, state)
-        num_patches = self._mesh.size("patch")
-        picture = self._levels(call)
+        num_patches, cutting = self._mesh.size("patch"), self._cutting
+        picture = cutting.levels(call)
         if state.levels is not None and state.levels != picture:
             state.forget(self._strategy.start())
         state.levels = picture
         exchange = self._strategy.policy(state)
         fed = [feeder.take_cost() for feeder in self._feeders]
         is_fed = any(cost.num_calls for cost in fed)
-        self._moved = self._moves(call, state, picture.splits[0], is_fed)
-        own_call = self._own_batch(self._with_plain_latents(call))
-        frame = self._frame(call, picture, exchange, state.memory)
+        feeders = [feeder._cutting for feeder in self._feeders] if is_fed else []
+        cutting.moved = cutting.moves(call, state, picture.splits[0], feeders)
+        own_call = self._own_batch(cutting.with_plain_latents(call))
+        frame = cutting.frame(call, picture, exchange, state.memory)
         if num_patches > 1:
             own_call = self._table.localise(own_call, frame, fed=is_fed)
         self._holder.frame = frame
@@ -315,8 +300,8 @@ class ParallelDenoiser:
             self.report.stages, self.report.balance = stages.names, str(self._config.balance or "even")
             split = stages.output_split(split.size)
         if self._mesh.size("tensor") > 1:
-            split, own = self._own_share(own)
-        return Ran(result, own, split, self._moved)
+            split, own = cutting.own_share(own)
+        return Ran(result, own, split, cutting.moved)
 
     def _stream(self, streaming: Streaming, call: Call, state: State) -> Ran:
         """Run this rank's stage of the model, on its part of the batch."""
@@ -335,38 +320,9 @@ class ParallelDenoiser:
         """See `Pairs`."""
         if self._mesh.size("pipe") > 1 or self._mesh.size("tensor") > 1:
             return before
-        split = self._levels(call).splits[0]
-        moved = self._moves(call, state, split, is_fed=False)
-        own = before.own.new_zeros(before.own.shape)
-        if moved is not None:  # of the window that it would have had
-            shape = list(own.shape)
-            shape[self._dim] = len(moved.window(self._mesh.coordinate(self._comm.rank, "patch")))
-            own = own.new_zeros(shape)
-        return replace(before, own=own, split=split, moved=moved)
-
-    def _own_share(self, whole: torch.Tensor) -> tuple[Split, torch.Tensor]:
-        """What this rank says of a prediction that all ranks have: some of its rows, so that all say equally much."""
-        num_ranks, rows = self._mesh.size("tensor"), whole.shape[self._dim]
-        split = Split(tuple(rows * place // num_ranks for place in range(num_ranks + 1)))
-        span = split.span(self._mesh.coordinate(self._comm.rank, "tensor"))
-        return split, whole.narrow(self._dim, span.start, len(span))
-
-    def _levels(self, call: Call, weights: tuple[float, ...] | None = None) -> Levels:
-        """The rows of all ranks at every level, by ``weights``; None: by the present ones."""
-        size, (rows, cols) = self._table.size(call), self._config.rings
-        frames = self._table.third(call, 2)
-        levels = self._table.levels(*size, weights or self._balance.weights(size), self._dim, frames)
-        return levels.ring(*((rows, cols) if self._dim == 2 else (cols, rows))) if rows or cols else levels
-
-    def _frame(self, call: Call, picture: Levels, exchange: Exchange, memory: dict[str, Any]) -> Frame:
-        place, window = self._mesh.coordinate(self._comm.rank, "patch"), self._config.context_window
-        third, num_guests = self._table.third(call, self._dim), self._table.num_guests(call)
-        patch, levels = place, picture
-        if self._moved is not None:
-            patch, levels = 0, picture.alone(self._moved.window(place))
-        return Frame(
-            patch, self._dim, levels, exchange, third, num_guests, None, window, memory=memory, chunk=self._chunk
-        )
+        split = self._cutting.levels(call).splits[0]
+        moved = self._cutting.moves(call, state, split, [])
+        return replace(before, own=self._cutting.nothing(before.own, moved), split=split, moved=moved)
 
     def _fit(self, call: Call, state: State, budget: Budget) -> None:
         """Find out how much a layer may work on at a time. Blocks.
@@ -374,45 +330,16 @@ class ParallelDenoiser:
         Raises:
             ConfigError: the model takes too much memory on some rank, however little that is; on every rank.
         """
-        picture, fed = self._levels(call), any(feeder._cost.num_calls for feeder in self._feeders)
-        self._moved = None
-        frame = self._frame(call, picture, Pretended(), {})
+        picture, fed = self._cutting.levels(call), any(feeder._cost.num_calls for feeder in self._feeders)
+        self._cutting.moved = None
+        frame = self._cutting.frame(call, picture, Pretended(), {})
         # What feeders have left is this rank's.
-        frame.patch = self._mesh.coordinate(self._comm.rank, "patch") if fed else largest_patch(picture.splits[0])
+        frame.patch = self._cutting.place if fed else largest_patch(picture.splits[0])
         trial = StepTrial(self._table, self._holder, self._own_batch(call), frame, fed=fed)
-        self._chunk, fit, words = trial.fit(budget, keeps=self._config.strategy == "displaced")
+        self._cutting.chunk, fit, words = trial.fit(budget, keeps=self._config.strategy == "displaced")
         peaks = self._comm.all_gather_object((fit.peak, words))
         budget.kept = max(words for _, words in peaks) * self._pictures.place(state)[1]
         budget.accept(replace(fit, peak=max(peak for peak, _ in peaks)))
-
-    def _moves(self, call: Call, state: State, split: Split, is_fed: bool) -> Moved | None:
-        """Where the patches of this step lie, if each stands alone.
-
-        Raises:
-            UnsupportedModel: a feeder that has not run at every step, and so was elsewhere.
-        """
-        if split.num_patches == 1:
-            return None
-        moved = self._strategy.moved(state, split, self._table.unit(call, fed=is_fed))
-        for feeder in self._feeders if is_fed else ():
-            if feeder._moved != moved:
-                raise UnsupportedModel(
-                    f"{type(feeder.model).__name__} has not run once in each step, so that its patches are not those "
-                    f"of {type(self.model).__name__}: strategy={self._strategy.name!r} cannot have that"
-                )
-        return moved
-
-    def _with_plain_latents(self, call: Call) -> Call:
-        """The call with latents that a model can read; of those in `Rows`, the rows that this step needs."""
-        sample = call.sample
-        if not isinstance(sample, Rows):
-            return call
-        if self._moved is None:
-            return call.having(**{call.sample_name: sample.whole()})
-        window = self._moved.window(self._mesh.coordinate(self._comm.rank, "patch"))
-        plain = torch.zeros(sample.shape, dtype=sample.dtype, device=sample.device)
-        put_rows(plain, sample.over(self._moved), window, self._dim - 4)
-        return call.having(**{call.sample_name: plain})
 
     def _deliver(self, ran: Ran, call: Call, halves: Halves) -> Any:
         """Everyone's predictions, as the model returns them. See `Pairs`."""
@@ -420,7 +347,7 @@ class ParallelDenoiser:
             return ran.coming
         batch, own, split = call.sample.shape[0], ran.own, ran.split
         if ran.moved is not None:
-            own, split = blended(own, ran.moved, self._guidance.patches, self._dim), ran.moved.split
+            own, split = blended(own, ran.moved, self._guidance.patches, self._cutting.dim), ran.moved.split
         sharing = self._sharing
         if ran.moved is not None and sharing is not None and not sharing.is_over and _has_rows(ran.result[0]):
             if not isinstance(call.sample, Rows):  # else no latents are known twice
@@ -429,9 +356,9 @@ class ParallelDenoiser:
                 check_latents(self._comm.all_gather(known.contiguous(), sizes, kind="control").wait())
             own = self._table.unfold(self._guidance.join_branches(own, batch, halves), ran.result[0])
             self._num_predictions += 1
-            return Rows(own, split, self._dim - 4, sharing, self._num_predictions)
+            return Rows(own, split, self._cutting.dim - 4, sharing, self._num_predictions)
         known = probe(call.sample) if not isinstance(call.sample, Rows) else own.new_empty(0)
-        gathering = self._guidance.gather(own, known, batch, split, self._dim, halves)
+        gathering = self._guidance.gather(own, known, batch, split, self._cutting.dim, halves)
         if self._leaving is not None:  # on a slow link the prediction would wait for what leaves before it
             self._leaving.depart()
             self._leaving = None
