@@ -76,10 +76,11 @@ def as_input(pictures: np.ndarray) -> Tensor:
 
 def train(options: argparse.Namespace) -> Reader:
     """Train on the cached renders, shifted along x and a little noisy or blurred."""
-    torch.manual_seed(0)  # of the weights; minutes are of the clock, so no two runs are alike anyway
-    reader, rng, begin = Reader(), np.random.default_rng(), time.monotonic()
+    torch.manual_seed(0)
+    reader, step, begin = Reader(), 0, time.monotonic()
     if (options.out / "reader.pt").exists():  # goes on, with other pictures and a rate that begins anew
-        reader = load_reader(options.out)
+        reader, step = load_reader(options.out), torch.load(options.out / "reader.pt")["step"]
+    rng = np.random.default_rng([0, step])
     reader = reader.to(memory_format=torch.channels_last)
     pictures = np.load(pictures_path(options.cache, f"{SIZE}x{SIZE}"), mmap_mode="r")
     labels = [labels_of(scene_of(f"{SIZE}x{SIZE}", index)) for index in range(len(pictures))]
@@ -105,14 +106,15 @@ def train(options: argparse.Namespace) -> Reader:
             bar.update()
             if bar.n % 50 == 0:
                 bar.set_postfix(loss=f"{np.mean(losses[-50:]):.3f}")
-    torch.save(reader.state_dict(), options.out / "reader.pt")
+        step += bar.n
+    torch.save({"weights": reader.state_dict(), "step": step}, options.out / "reader.pt")
     return reader
 
 
 def load_reader(folder: Path) -> Reader:
     """The classifier that `train` left in a folder."""
     reader = Reader()
-    reader.load_state_dict(torch.load(folder / "reader.pt"))
+    reader.load_state_dict(torch.load(folder / "reader.pt")["weights"])
     return reader
 
 

@@ -83,11 +83,8 @@ def _plan_step(
     if unet is None:
         return
     table, dim, settings = table_for(unet), 3 if config.split == "cols" else 2, unet.config
-    rows, cols = config.rings
     num_patches = mesh.size("patch")
-    levels = table.levels(*size, config.weights or (1.0,) * num_patches, dim)
-    if rows or cols:
-        levels = levels.ring(*((rows, cols) if dim == 2 else (cols, rows)))
+    levels = table.levels(*size, config.weights or (1.0,) * num_patches, dim).with_rings(*config.rings, dim)
     batch = max(batch // mesh.size("cfg"), 1)
 
     def empty(*shape: int) -> torch.Tensor:

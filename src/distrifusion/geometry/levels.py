@@ -70,6 +70,12 @@ class Levels:
         splits = tuple(replace(split, is_ring=along) for split in self.splits)
         return replace(self, splits=splits, is_ring_across=across)
 
+    def with_rings(self, rows: bool, cols: bool, dim: int) -> Levels:
+        """`ring` by sides of the picture, of which dim 2 is cut along its rows and dim 3 along its columns."""
+        if not rows and not cols:
+            return self
+        return self.ring(rows, cols) if dim == 2 else self.ring(cols, rows)
+
     def alone(self, window: Span) -> Levels:
         """A patch that is a picture of its own: rows ``window`` of this one, which may go on at the other end.
 

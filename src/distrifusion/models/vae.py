@@ -104,8 +104,8 @@ class Half:
         if dim == 2:
             levels = Levels.down(height, width, even, rows, cols)
         else:
-            levels, rings = Levels.down(width, height, even, cols, rows), rings[::-1]
-        return levels.ring(*rings) if any(rings) else levels
+            levels = Levels.down(width, height, even, cols, rows)
+        return levels.with_rings(*rings, dim)
 
     def level_out(self, levels: Levels) -> int:
         """The level of what it makes."""

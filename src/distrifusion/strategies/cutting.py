@@ -57,10 +57,9 @@ class Cutting:
 
     def levels(self, call: Call, weights: tuple[float, ...] | None = None) -> Levels:
         """The rows of all ranks at every level, by ``weights``; None: by the present ones."""
-        size, (rows, cols) = self._table.size(call), self._config.rings
-        frames = self._table.third(call, 2)
+        size, frames = self._table.size(call), self._table.third(call, 2)
         levels = self._table.levels(*size, weights or self._balance.weights(size), self.dim, frames)
-        return levels.ring(*((rows, cols) if self.dim == 2 else (cols, rows))) if rows or cols else levels
+        return levels.with_rings(*self._config.rings, self.dim)
 
     def frame(self, call: Call, picture: Levels, exchange: Exchange, memory: dict[str, Any]) -> Frame:
         """What this rank's layers are told of the call."""

@@ -15,6 +15,7 @@ from ..boundary import Staged
 from ..comm import Comm
 from ..config import ParallelConfig
 from ..errors import ConfigError, UnsupportedModel
+from ..footprint import weight_bytes
 from ..layers import Attached, FrameHolder
 from ..mesh import Mesh
 from ..metrics import Report, human_bytes
@@ -115,7 +116,7 @@ class ParallelDenoiser:
         self._inner: Callable[..., Any] = table.model.forward
         self._compiling = Compiling(table.model, self._inner, wrapper)
         self._previous = table.model.__dict__.get("forward")
-        self._fused, self._num_bytes = fused(table.model), _weights(table.model)  # before there are slices
+        self._fused, self._num_bytes = fused(table.model), weight_bytes(table.model)  # before there are slices
         self._attach_layers()
         self.report = self._new_report()
         if self._streamed is not None:
@@ -429,16 +430,11 @@ class ParallelDenoiser:
         ]
         notes += self._notes + ([self._compiling.note] if self._compiling.note else [])
         if self._mesh.size("tensor") > 1:
-            held, whole = human_bytes(_weights(self.model)), human_bytes(self._num_bytes)
+            held, whole = human_bytes(weight_bytes(self.model)), human_bytes(self._num_bytes)
             notes.append(f"{held} of {whole} of weights on this rank")
         if self._mesh.size("pipe") > 1 and any(each._compiled_call_impl is not None for each in self.model.modules()):
             notes.append("torch.compile does nothing while pipelined")
         return Report(self._config.strategy, str(self._mesh), self._config.split, notes=notes)
-
-
-def _weights(model: nn.Module) -> int:
-    """Bytes."""
-    return sum(parameter.numel() * parameter.element_size() for parameter in model.parameters())
 
 
 def _has_rows(result: Any) -> bool:
