@@ -43,6 +43,21 @@ class AsyncReference:
         self._before = self._now
         return result
 
+    def stride(self, now: dict[str, Any], ahead: dict[str, Any]) -> tuple[Tensor, Tensor]:
+        """The predictions of the next two steps, which run each stage once for both, the last one twice.
+
+        ``now`` are the arguments of the first step, ``ahead`` the same with the time of the second.
+        """
+        self._now = {}
+        self._stage = len(self._stages) - 1
+        first = self._run(**now)
+        self._now = {}
+        for stage in range(len(self._stages)):
+            self._stage = stage
+            second = self._run(**ahead)
+        self._stage, self._before = None, self._now
+        return first, second
+
     def _run(self, *args: Any, **kwargs: Any) -> Tensor:
         result: Tensor = type(self._model).forward(self._model, *args, **kwargs)[0]
         return result

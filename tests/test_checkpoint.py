@@ -177,6 +177,7 @@ def test_the_split_dim_counts(tiny: Path) -> None:
         (ParallelConfig(balance=(2, 1, 1)), None, 3),
         (ParallelConfig(balance=(2, 1, 1), cfg=2), None, 6),
         (ParallelConfig(balance="measured"), None, 1),
+        (ParallelConfig(strategy="pipelined", cfg=2, pipe=3, patch=2), None, 12),
     ],
 )
 def test_the_number_of_workers_on_the_cpu(config: ParallelConfig, nproc: int | None, expected: int) -> None:
@@ -190,6 +191,8 @@ def test_the_number_of_workers_on_the_cpu(config: ParallelConfig, nproc: int | N
         (ParallelConfig(cfg=2), None, 5, 4),
         (ParallelConfig(patch=2), None, 5, 2),
         (ParallelConfig(balance=(2, 1, 1)), None, 5, 3),
+        (ParallelConfig(strategy="pipelined", pipe=2), None, 5, 2),
+        (ParallelConfig(strategy="pipelined", patch=2), None, 7, 6),
         (ParallelConfig(), 2, 5, 2),
         (ParallelConfig(cfg=2), None, 1, "2 workers need as many cuda devices, and this machine has 1"),
         (ParallelConfig(), 4, 3, "4 workers need as many cuda devices, and this machine has 3"),

@@ -65,8 +65,8 @@ def test_commands_and_flags() -> None:
             *("--frames",),
             *("--group-norm", "--guidance-scale", "--height", "--json", "--max-memory", "--model"),
             *("--negative-prompt", "--nproc", "--output", "--overlap", "--panorama", "--patch", "--patches"),
-            *("--pipe", "--seed", "--shift"),
-            *("--split", "--steps", "--strategy", "--text-encoders", "--tile", "--true-cfg-scale", "--warmup-steps"),
+            *("--pipe", "--seed", "--shift", "--split", "--steps", "--strategy", "--stride"),
+            *("--text-encoders", "--tile", "--true-cfg-scale", "--warmup-steps"),
             *("--width", "-o", "prompt"),
         ],
         "compare": [
@@ -113,6 +113,11 @@ def test_help_and_version_need_no_torch() -> None:
         (["--cfg", "3"], "cfg=3 must be 1 or 2"),
         (["--nproc", "3", "--cfg", "2"], "a world of 3 does not fit cfg=2"),
         (["--nproc", "0"], "nproc=0 must be"),
+        (
+            ["--strategy", "pipelined", "--pipe", "2", "--patch", "2", "--nproc", "3"],
+            "a world of 3 does not fit cfg=1 x pipe=2 x patch=2: start 4 ranks",
+        ),
+        (["--stride", "2"], "stride=2 goes with strategy='pipelined' only, not with 'displaced'"),
         (["--balance", "2,0"], "balance='2,0' must be None, 'measured', or a positive number for each rank"),
         (["--balance", "2,1,1", "--nproc", "2"], "balance=2,1,1 has 3 weights for 2 ranks along the picture"),
         (["--balance", "measured", "--warmup-steps", "0"], "balance='measured' with warmup_steps=0 leaves no step to"),

@@ -46,9 +46,17 @@ def test_every_choice_is_accepted(strategy: str, split: str, group_norm: str) ->
         ({"strategy": "fast"}, r"strategy='fast' must be one of 'sync', 'displaced', 'naive'"),
         ({"strategy": None}, r"strategy=None must be one of"),
         (
-            {"strategy": "pipelined", "patch": 2},
-            r"patch=2 does not go with strategy='pipelined', whose ranks are stages",
+            {"strategy": "pipelined", "patch": 2, "patches": 4},
+            r"patch=2 does not go with patches=4, which stream through stages of one rank each",
         ),
+        ({"strategy": "sync", "stride": 2}, r"stride=2 goes with strategy='pipelined' only, not with 'sync'"),
+        ({"strategy": "pipelined", "stride": 3}, r"stride=3 must be 1 or 2"),
+        ({"strategy": "pipelined", "stride": 2, "patch": 2}, r"stride=2 does not go with patch=2: it is for stages"),
+        (
+            {"strategy": "pipelined", "stride": 2, "patches": 1},
+            r"stride=2 does not go with patches=1: it",
+        ),
+        ({"strategy": "pipelined", "stride": 2, "pipe": 1}, r"stride=2 takes two ranks for the last stage"),
         ({"strategy": "sync", "pipe": 2}, r"pipe=2 goes with strategy='pipelined' only, not with 'sync'"),
         ({"strategy": "pipelined", "pipe": 0}, r"pipe=0 must be a whole number of at least 1"),
         (

@@ -77,6 +77,8 @@ def test_groups_of_each_axis_cover_the_world_once(sizes: tuple[int, ...]) -> Non
 )
 def test_stages_take_what_cfg_leaves(cfg: int, pipe: int | None, world: int, sizes: tuple[int, ...]) -> None:
     assert Mesh.fit(ParallelConfig(strategy="pipelined", cfg=cfg, pipe=pipe), world).sizes == sizes
+    in_patches = ParallelConfig(strategy="pipelined", cfg=cfg, pipe=pipe, patch=2)
+    assert Mesh.fit(in_patches, 2 * world).sizes == (*sizes[:2], 2)
 
 
 def test_a_world_that_does_not_fit_the_stages_is_named() -> None:

@@ -58,14 +58,15 @@ def num_workers(config: ParallelConfig, nproc: int | None, device: str) -> int:
     """
     if nproc is not None and (isinstance(nproc, bool) or not isinstance(nproc, int) or nproc < 1):
         raise ConfigError(f"nproc={nproc!r} must be a whole number of at least 1")
-    patch = config.pipe or config.patch or (len(config.weights) if config.weights else None)
-    least = config.cfg * (patch or 1)
+    patch = config.patch or (len(config.weights) if config.weights else None)
+    axis = config.pipe if config.strategy == "pipelined" else patch  # which else takes all ranks that there are
+    least = config.cfg * (config.pipe or 1) * (patch or 1)
     if device == "cpu":
         return nproc if nproc is not None else least
     import torch
 
     num_devices: int = getattr(torch, device).device_count()
-    wanted = nproc or (least if patch is not None else max(num_devices // least, 1) * least)
+    wanted = nproc or (least if axis is not None else max(num_devices // least, 1) * least)
     if num_devices < wanted:
         raise ConfigError(
             f"{wanted} workers need as many {device} devices, and this machine has {num_devices}: take fewer, "

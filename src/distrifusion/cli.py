@@ -62,11 +62,15 @@ def generate(
     ] = _DEFAULT.strategy,
     cfg: Annotated[int, typer.Option(help="2: the branches of guidance on separate ranks.")] = _DEFAULT.cfg,
     patch: Annotated[
-        int | None, typer.Option(help="Ranks along the picture; without it, all that --cfg leaves.")
+        int | None,
+        typer.Option(help="Ranks along the picture; without it, all that --cfg leaves. Of pipelined: in each stage."),
     ] = None,
     pipe: Annotated[
-        int | None, typer.Option(help="Stages of pipelined; without it, all ranks that --cfg leaves.")
+        int | None, typer.Option(help="Stages of pipelined; without it, all ranks that --cfg and --patch leave.")
     ] = None,
+    stride: Annotated[
+        int, typer.Option(help="Of pipelined: 2 runs each stage in every other step, and the last one on two ranks.")
+    ] = _DEFAULT.stride,
     patches: Annotated[
         int | None, typer.Option(help="Of pipelined: the picture in so many patches that stream through the stages.")
     ] = None,
@@ -149,6 +153,7 @@ def generate(
         patch=patch,
         pipe=pipe,
         patches=patches,
+        stride=stride,
         blocks=blocks,  # type: ignore[arg-type]
         split=split,  # type: ignore[arg-type]
         group_norm=group_norm,  # type: ignore[arg-type]

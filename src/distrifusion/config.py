@@ -57,8 +57,10 @@ class ParallelConfig:
             computes some heads and channels of every layer (Megatron-LM, arXiv 1909.08053). It is exact, and takes
             all ranks that ``cfg`` leaves.
         cfg: 2 runs the conditional and the unconditional branch of classifier-free guidance on separate ranks.
-        patch: ranks along the picture; None takes all that ``cfg`` leaves.
-        pipe: stages of ``pipelined``; None takes all ranks that ``cfg`` leaves.
+        patch: ranks along the picture; None takes all that ``cfg`` leaves. Under ``pipelined``: ranks along the picture
+            within each stage, which are exact among themselves; None is 1.
+        pipe: ranks of ``pipelined`` over the depth of the model, each with a stage; None takes all that ``cfg`` and
+            ``patch`` leave.
         split: ``"rows"`` or ``"cols"`` of the latent, or ``"frames"`` of a video's.
         warmup_steps: synchronous steps after the first one under ``displaced`` and ``pipelined`` (0: only the first is
             synchronous); synchronous steps at all under ``shifted``, whose first step needs no other.
@@ -99,6 +101,8 @@ class ParallelConfig:
         max_memory: bytes that each rank may hold, or a size such as ``"4GiB"`` (kept as bytes): a decode then runs in
             bands of rows, and a step in pieces within its layers, as far as needed; the same result. What cannot fit is
             refused. None: no matter how much. On one device too. See docs/memory.md.
+        stride: of ``pipelined`` without ``patch`` and ``patches``: 2 runs each stage once for two steps, for which two
+            ranks have the last stage, one for each of these steps (AsyncDiff). See docs/pipelined.md.
 
     Raises:
         ConfigError: a value that is not one of these, printed with what would be right.
@@ -123,6 +127,7 @@ class ParallelConfig:
     patches: int | None = None
     blocks: Blocks = "every"
     max_memory: int | str | None = None
+    stride: int = 1
 
     def __post_init__(self) -> None:
         _one_of("strategy", self.strategy, BUILT)
@@ -135,10 +140,9 @@ class ParallelConfig:
         for name in ("patch", "pipe", "patches"):
             if getattr(self, name) is not None:
                 _whole(name, getattr(self, name), 1)
-        if self.strategy == "pipelined" and self.patch not in (None, 1):
-            raise ConfigError(f"patch={self.patch} does not go with strategy='pipelined', whose ranks are stages")
         if self.strategy == "tensor":
             self._check_slices()
+        self._check_stages()
         if self.strategy != "pipelined" and self.pipe not in (None, 1):
             raise ConfigError(f"pipe={self.pipe} goes with strategy='pipelined' only, not with {self.strategy!r}")
         if self.patches is not None and self.strategy != "pipelined":
@@ -167,9 +171,9 @@ class ParallelConfig:
                 f"balance={MEASURED!r} with warmup_steps={self.warmup_steps} leaves no step to measure: "
                 "warmup_steps must be at least 1"
             )
-        if self.strategy == "pipelined" and self.weights is not None:
+        if self.strategy == "pipelined" and self.weights is not None and self.patch in (None, 1):
             raise ConfigError(
-                f"balance={self.balance!r} are weights of patches, which strategy='pipelined' has not: "
+                f"balance={self.balance!r} are weights of patches, which strategy='pipelined' has not without patch=: "
                 f"leave it out, or choose {MEASURED!r}"
             )
         for name in ("codec", "context_window"):
@@ -210,6 +214,31 @@ class ParallelConfig:
                         f"{field.name}={value!r} does nothing under strategy={self.strategy!r}, only under 'shifted'; "
                         "leave it out"
                     )
+
+    def _check_stages(self) -> None:
+        """Refuse what does not go with a model that is cut over its depth."""
+        if self.strategy == "pipelined" and self.patches is not None and self.patch not in (None, 1):
+            raise ConfigError(
+                f"patch={self.patch} does not go with patches={self.patches}, which stream through stages of one rank "
+                "each: leave one of them out"
+            )
+        _whole("stride", self.stride, 1)
+        if self.stride > 2:
+            raise ConfigError(f"stride={self.stride} must be 1 or 2")
+        if self.stride == 1:
+            return
+        if self.strategy != "pipelined":
+            raise ConfigError(
+                f"stride={self.stride} goes with strategy='pipelined' only, not with {self.strategy!r}; leave it out"
+            )
+        for name in ("patch", "patches"):
+            if getattr(self, name) not in (None, 1) or (name == "patches" and self.patches is not None):
+                raise ConfigError(
+                    f"stride={self.stride} does not go with {name}={getattr(self, name)}: it is for stages of one rank "
+                    "each, which compute the whole picture; leave one of them out"
+                )
+        if self.pipe == 1:
+            raise ConfigError("stride=2 takes two ranks for the last stage: pipe must be at least 2")
 
     def _check_slices(self) -> None:
         """Refuse what is about patches where every rank has the whole picture."""
@@ -252,7 +281,9 @@ class ParallelConfig:
             f"warmup_steps={self.warmup_steps} group_norm={self.group_norm}"
         ]
         if self.strategy == "pipelined":
-            facts = [f"strategy=pipelined cfg={self.cfg} pipe={self.pipe or 'all'} warmup_steps={self.warmup_steps}"]
+            patch = f" patch={self.patch} split={self.split}" if self.patch not in (None, 1) else ""
+            pipe = self.pipe or "all"
+            facts = [f"strategy=pipelined cfg={self.cfg} pipe={pipe}{patch} warmup_steps={self.warmup_steps}"]
         if self.strategy == "tensor":
             facts = [f"strategy=tensor cfg={self.cfg}"]
         shared = [f"text_encoders={self.text_encoders}"] if self.text_encoders != "once" else []
@@ -263,7 +294,18 @@ class ParallelConfig:
 _PATCHED = ("sync", "displaced", "naive", "shifted")
 _SIZE = re.compile(r"(\d+(?:\.\d+)?)(KiB|MiB|GiB|TiB)", re.ASCII)
 _OF_SHIFTED = ("shift", "shift_seed", "overlap", "latents")
-_EXTRAS = ("codec", "context_window", "balance", "topology", "shift_seed", "overlap", "latents", "patches", "blocks")
+_EXTRAS = (
+    "codec",
+    "context_window",
+    "balance",
+    "topology",
+    "shift_seed",
+    "overlap",
+    "latents",
+    "patches",
+    "blocks",
+    "stride",
+)
 
 
 def shift_choice(text: str) -> str | int:

@@ -25,24 +25,28 @@ class Mesh:
         Raises:
             ConfigError: the product of the axes is not the world, or the weights are not one for each patch.
         """
-        axis, given = ("pipe", config.pipe) if config.strategy == "pipelined" else ("patch", config.patch)
-        axis, given = ("tensor", None) if config.strategy == "tensor" else (axis, given)
-        size = given if given is not None else max(world // config.cfg, 1)
-        if config.cfg * size != world:
+        axis, given = {
+            "pipelined": ("pipe", config.pipe),
+            "tensor": ("tensor", None),
+        }.get(config.strategy, ("patch", config.patch))
+        num_patches = config.patch or 1 if axis == "pipe" else 1  # in each stage
+        others = config.cfg * num_patches
+        size = given if given is not None else max(world // others, 1)
+        if others * size != world:
             asked = f"cfg={config.cfg} x {axis}={size if given is not None else 'any'}"
-            fits = f"{config.cfg * given} ranks" if given is not None else f"a multiple of {config.cfg} ranks"
+            asked += f" x patch={num_patches}" if num_patches > 1 else ""
+            fits = f"{others * given} ranks" if given is not None else f"a multiple of {others} ranks"
             raise ConfigError(f"a world of {world} does not fit {asked}: start {fits}, or change the product")
-        if axis == "pipe":
-            return cls((config.cfg, size, 1))
         if axis == "tensor":
             return cls((config.cfg, 1, 1, size))
-        weights = config.weights
-        if weights is not None and len(weights) != size:
+        mesh = cls((config.cfg, size, num_patches) if axis == "pipe" else (config.cfg, 1, size))
+        weights, num_patches = config.weights, mesh.size("patch")
+        if weights is not None and len(weights) != num_patches:
             raise ConfigError(
-                f"balance={config.balance} has {len(weights)} weights for {size} ranks along the picture: "
+                f"balance={config.balance} has {len(weights)} weights for {num_patches} ranks along the picture: "
                 "give one for each"
             )
-        return cls((config.cfg, 1, size))
+        return mesh
 
     @property
     def world(self) -> int:

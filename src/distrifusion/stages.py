@@ -55,7 +55,7 @@ def cut(links: Sequence[Link], output: frozenset[str], num_stages: int) -> Cut:
     quarter = len(links) / 4
     has_skips = any(makers[name] < quarter and max(places) >= len(links) - quarter for name, places in readers.items())
     costs = tuple(link.cost for link in links)
-    candidates = rings(costs, num_stages) if has_skips else ()
+    candidates = rings(costs, num_stages) if has_skips and num_stages > 1 else ()
     stages = min(candidates or (chain(costs, num_stages),), key=num_bytes)
     return Cut(stages, crossing(stages), stages[last])
 

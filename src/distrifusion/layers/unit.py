@@ -14,17 +14,13 @@ from .base import FrameHolder, Layer
 
 
 class StageUnit(Layer):
-    """A unit of the stages of a model. Units of one ``group`` stay together.
+    """A unit of the stages of a model. Units of one ``group`` stay together."""
 
-    ``inside`` is a layer that takes over the same module where the unit runs.
-    """
-
-    def __init__(
-        self, module: nn.Module, key: str, holder: FrameHolder, *, group: int, inside: Layer | None = None
-    ) -> None:
+    def __init__(self, module: nn.Module, key: str, holder: FrameHolder, *, group: int) -> None:
         super().__init__(module, key, holder)
         self.group = group
-        self._inside = inside
+        self.inside: Layer | None = None
+        """A layer that takes over the same module where the unit runs."""
 
     @property
     def forward(self) -> Callable[..., Any]:
@@ -38,8 +34,8 @@ class StageUnit(Layer):
         assert isinstance(stage, Staged | Pass)
 
         def unit(*args: Any, **kwargs: Any) -> Any:
-            if self._inside is not None:
-                return self._inside.forward(*args, **kwargs)
+            if self.inside is not None:
+                return self.inside.forward(*args, **kwargs)
             return type(self.module).forward(self.module, *args, **kwargs)
 
         return stage.boundary(self.key, self.group, unit, args, kwargs)

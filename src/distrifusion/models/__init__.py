@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import TYPE_CHECKING, Any
 
 from ..config import BUILT
@@ -82,8 +82,10 @@ def feed_forwards(model: Any, holder: FrameHolder) -> Iterator[Layer]:
     return feed_forwards(model, holder)
 
 
-def stage_layers(model: Any, num_stages: int, holder: FrameHolder) -> Iterator[Layer]:
-    """The units that stages of ``model``, which has a table, are made of, not attached.
+def stage_layers(model: Any, num_stages: int, holder: FrameHolder, inner: Iterable[Layer] = ()) -> Iterator[Layer]:
+    """The units that stages of ``model``, which has a table, are made of, and the ``inner`` layers; not attached.
+
+    A unit runs the inner layer of its module.
 
     Raises:
         ConfigError: fewer units than stages.
@@ -93,7 +95,7 @@ def stage_layers(model: Any, num_stages: int, holder: FrameHolder) -> Iterator[L
     from .plans import PLANS
 
     plan = next((plan for plan in PLANS if type(model) is plan.model), None)
-    return units.stage_layers(model, plan, num_stages, holder)
+    return units.stage_layers(model, plan, num_stages, holder, inner)
 
 
 def stream_layers(model: Any, num_stages: int, holder: FrameHolder) -> Iterator[Layer]:
@@ -141,7 +143,8 @@ def is_known(model: Any) -> bool:
 _MODULES = (
     "sync equals one device (relative L2 <= 1e-5, float32) at worlds 2, 3, 4, 5, 7, rows and columns, batch 1 to 3, \
 odd sizes; displaced with a held input equals sync: tests/test_unet_exact.py; pipelined with a held input equals one \
-device after as many steps as stages, worlds 2 to 7: tests/test_pipelined.py, tests/test_pipelined_pipelines.py; \
+device after as many steps as stages, worlds 2 to 7: tests/test_pipelined.py, tests/test_pipelined_pipelines.py, in \
+patches within stages at 2 x 2, 3 x 2, 2 x 3 and 2 x 2 x 2: tests/test_pipelined_patches.py; \
 tensor equals one device at worlds 2 to 5, batch 2, heads and groups that the ranks do not divide: tests/test_tensor.py"
 )
 
@@ -154,7 +157,8 @@ sync equals one device (relative L2 <= 1e-5, float32) at worlds 2, 3, 4, 5, rows
 rows of tokens; displaced with a held input equals sync; cfg=2 at 2 and 4: tests/test_transformers.py; videos by \
 frames at 2 to 5: tests/test_transformers_video.py; final latents of whole pipelines, sync and displaced in warm-up, \
 worlds 2 and 3, cfg=2: tests/test_pipelines_cross.py, tests/test_pipelines_joint.py, tests/test_pipelines_video.py; \
-pipelined with a held input equals one device after two steps at world 2: tests/test_pipelined_transformers.py; \
+pipelined with a held input equals one device after two steps at world 2: tests/test_pipelined_transformers.py, in \
+patches within stages (4 classes): tests/test_pipelined_patches.py; \
 in patches that stream, after one more than there are blocks, worlds 2 and 3: tests/test_stream.py; tensor \
 equals one device at world 2, with 5 heads at 3 and 5, batch 2: tests/test_tensor.py"""
 

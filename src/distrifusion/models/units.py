@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 from torch import nn
@@ -16,8 +16,10 @@ Groups = list[tuple[str, ...]]
 """Names of modules; those of one tuple stay together."""
 
 
-def stage_layers(model: Any, plan: Plan | None, num_stages: int, holder: FrameHolder) -> Iterator[Layer]:
-    """The units of ``model``, not attached; ``plan`` is that of a transformer.
+def stage_layers(
+    model: Any, plan: Plan | None, num_stages: int, holder: FrameHolder, inner: Iterable[Layer] = ()
+) -> Iterator[Layer]:
+    """The units of ``model`` and the layers ``inner``, not attached; ``plan`` is that of a transformer.
 
     Raises:
         ConfigError: fewer units than stages.
@@ -26,10 +28,7 @@ def stage_layers(model: Any, plan: Plan | None, num_stages: int, holder: FrameHo
     if plan is None and type(model) not in FAMILIES:
         raise UnsupportedModel(f"{type(model).__name__} is not known in stages; use another strategy than 'pipelined'")
     groups = _of_blocks(model, plan) if plan is not None else _of_unet(model)
-    _check_number(model, len(groups), num_stages)
-    for group, names in enumerate(groups):
-        for name in names:
-            yield StageUnit(model.get_submodule(name), name, holder, group=group)
+    return _units(model, groups, num_stages, holder, inner)
 
 
 def stream_layers(model: Any, plan: Plan | None, num_stages: int, holder: FrameHolder) -> Iterator[Layer]:
@@ -44,26 +43,29 @@ def stream_layers(model: Any, plan: Plan | None, num_stages: int, holder: FrameH
             f"patches of strategy='pipelined' are for transformers, not for {type(model).__name__}, "
             "whose convolutions read all of a picture: leave patches out"
         )
-    patterns = dict.fromkeys(f"{pattern.partition('*')[0]}*" for pattern in (*plan.seams, *plan.sums))
-    blocks = [(name, module) for each in patterns for name, module in model.named_modules() if matching(name, [each])]
-    _check_number(model, len(blocks), num_stages)
-    units = {id(module) for _, module in blocks}
-    inside: dict[int, Layer] = {}
-    for layer in TransformerTable(model, plan).layers(holder):
-        if id(layer.module) in units:
-            inside[id(layer.module)] = layer
+    inner = TransformerTable(model, plan).layers(holder)
+    return _units(model, _of_blocks(model, plan), num_stages, holder, inner)
+
+
+def _units(model: Any, groups: Groups, num_stages: int, holder: FrameHolder, inner: Iterable[Layer]) -> Iterator[Layer]:
+    """``inner``, but for those that run within a unit because they are of the same module, and then the units."""
+    if len(groups) < num_stages:
+        raise ConfigError(
+            f"{type(model).__name__} of {len(groups)} blocks cannot be cut into {num_stages} stages: "
+            f"pipe={len(groups)} is the most"
+        )
+    units = [
+        StageUnit(model.get_submodule(name), name, holder, group=group)
+        for group, names in enumerate(groups)
+        for name in names
+    ]
+    by_place = {unit.place: unit for unit in units}
+    for layer in inner:
+        if layer.place in by_place:
+            by_place[layer.place].inside = layer
         else:
             yield layer
-    for group, (name, module) in enumerate(blocks):
-        yield StageUnit(module, name, holder, group=group, inside=inside.get(id(module)))
-
-
-def _check_number(model: Any, num_blocks: int, num_stages: int) -> None:
-    if num_blocks < num_stages:
-        raise ConfigError(
-            f"{type(model).__name__} of {num_blocks} blocks cannot be cut into {num_stages} stages: "
-            f"pipe={num_blocks} is the most"
-        )
+    yield from units
 
 
 def _of_unet(model: Any) -> Groups:
@@ -84,6 +86,6 @@ def _of_unet(model: Any) -> Groups:
 
 
 def _of_blocks(model: Any, plan: Plan) -> Groups:
-    """The blocks with attention over image tokens."""
-    patterns = {f"{pattern.partition('*')[0]}*" for pattern in (*plan.seams, *plan.sums)}
-    return [(name,) for name, _ in model.named_modules() if matching(name, patterns) is not None]
+    """The blocks with attention over image tokens, in the order they run."""
+    patterns = dict.fromkeys(f"{pattern.partition('*')[0]}*" for pattern in (*plan.seams, *plan.sums))
+    return [(name,) for each in patterns for name, _ in model.named_modules() if matching(name, [each])]

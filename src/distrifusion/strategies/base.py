@@ -24,6 +24,7 @@ class State:
     wire: Wire | None = None  # of synchronous values that travel as residuals
     stages: Stages | None = None  # of a model that is cut over its depth
     course: Course | None = None  # of patches that stream through the stages
+    ahead: Any = None  # what a call has given for the next one too
     is_checked: bool = False  # whether the ranks have compared what they were given
     is_halved: bool = False  # whether only one half of the ranks makes its steps
     last: Any = None  # what a call gave, for shapes and class
@@ -37,6 +38,7 @@ class State:
     def forget(self, fresh: State) -> None:
         """Go on without the words of the step before, as ``fresh`` has none."""
         self.drain()
+        self.ahead = None
         self.slots, self.wire, self.stages, self.course = fresh.slots, fresh.wire, fresh.stages, fresh.course
 
     def depart(self) -> None:

@@ -29,6 +29,7 @@ from .guidance import Guidance
 from .pairs import Pairs, Ran
 from .pictures import Pictures
 from .taken import TakenForward
+from .times import Times
 from .ways import Setting, way_for
 
 T = TypeVar("T")
@@ -84,8 +85,9 @@ class ParallelDenoiser:
         self._holder = FrameHolder()
         self._taken = TakenForward(table.model)
         self._compiling = Compiling(table.model, self._taken.own, wrapper)
-        ranks = mesh, comm, guidance, self._balance
-        setting = Setting(table, config, *ranks, self._cutting, self._holder, self._taken.own, self._compiling)
+        self._times = Times(timesteps)
+        ranks, own = (mesh, comm, guidance, self._balance), (self._taken.own, self._compiling)
+        setting = Setting(table, config, *ranks, self._cutting, self._holder, *own, self._times)
         self._way = way_for(setting, strategy, budget)
         self._pictures = Pictures(strategy, timesteps)
         in_rows = strategy.name == "shifted" and config.latents == "rows" and mesh.size("patch") > 1 and table.gathers
@@ -195,7 +197,7 @@ class ParallelDenoiser:
             self._way.start()
             if self._table.gathers:
                 self._balance.start()
-        if self._pictures.is_last(call, state):
+        if self._times.is_last(call, state):
             self._delivery.end()
         place, num_branches = self._pictures.place(state)
         if not state.is_checked:
@@ -221,15 +223,14 @@ class ParallelDenoiser:
         """Run the model on what is this rank's of the picture and the batch."""
         fed = [feeder.take_cost() for feeder in self._feeders]
         feeders = [feeder._cutting for feeder in self._feeders] if any(cost.num_calls for cost in fed) else []
-        is_last = self._pictures.is_last(call, state)
-        ran = self._way.run(call, state, feeders, self.report, is_last=is_last)
+        ran = self._way.run(call, state, feeders, self.report)
         if not ran.is_complete:
             self._pictures.forget()  # the model left out seams: the next step cannot build on this one
         state.step += 1
-        if self._table.gathers:
-            self._delivery.leaving = state
-        else:
+        if not self._table.gathers:
             state.depart()
+        elif ran.departs:
+            self._delivery.leaving = state
         for cost in fed:
             self._cost.add(cost)
         self._cost.num_calls += 1

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from ..boundary import Late, Stages, Whole
 from ..comm import Comm
 from ..config import MEASURED, ParallelConfig
 from ..exchange import Exchange
+from ..mesh import Mesh
 from .base import Joined, State
 
 
@@ -15,23 +18,40 @@ class Pipelined(Joined):
 
     A step takes as long as the slowest stage. All stages are told the time of the step they run in. The first step and
     ``warmup_steps`` more are synchronous: every rank computes the whole model.
+
+    With ``patch``, the ranks of a stage share the picture, and tell each other what their patches need at once: fresh.
+
+    With ``stride=2``, a stage computes in every other step, for two of them. The stage that gives the prediction then
+    has two ranks: one for the step at hand, and one that is told the time of the next step, as all other stages are.
     """
 
     name = "pipelined"
 
     def __init__(self, config: ParallelConfig, comm: Comm) -> None:
-        self._config = config
-        self._comm = comm
-        self._alone = comm.split([[rank] for rank in range(comm.world)])
+        self._config, self._comm = config, comm
+        self._is_doubled = config.stride > 1 and comm.world > 1
+        mesh = Mesh.fit(replace(config, cfg=1), comm.world)
+        self.num_stages = mesh.size("pipe") - self._is_doubled
+        self._patches = comm.split(mesh.groups("patch"))
+        self._depth = comm.split(mesh.groups("pipe")) if mesh.size("patch") > 1 else comm
 
     def start(self) -> State:
         """See Strategy."""
-        stages = Stages(self._comm, is_measured=self._config.balance == MEASURED)
+        is_measured = self._config.balance == MEASURED
+        stages = Stages(self._depth, self._comm, is_measured=is_measured, is_doubled=self._is_doubled)
         return State(slots=stages.slots, stages=stages)
 
     def policy(self, state: State) -> Exchange:
         """See Strategy."""
         assert state.stages is not None
         if state.step <= self._config.warmup_steps:
-            return Whole(self._alone, state.stages, is_last=state.step == self._config.warmup_steps)
-        return Late(self._alone, state.stages)
+            return Whole(self._patches, state.stages, is_last=state.step == self._config.warmup_steps)
+        return Late(self._patches, state.stages)
+
+    def looks_ahead(self, state: State) -> bool:
+        """Whether this step is computed together with the next one."""
+        return self._is_doubled and state.step > self._config.warmup_steps
+
+    def is_ahead(self, comm_rank: int) -> bool:
+        """Whether a rank of `comm` is told the time of the next step in such a step."""
+        return comm_rank < self._comm.world - 1

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 from ...planner.memory import Budget
 from ..base import Strategy
+from ..pipelined import Pipelined
 from ..streamed import Streamed
 from .base import Setting, Way
 from .patches import InPatches
@@ -20,6 +21,7 @@ def way_for(setting: Setting, strategy: Strategy, budget: Budget | None = None) 
     if isinstance(strategy, Streamed):
         return InStreams(setting, strategy)
     if setting.mesh.size("pipe") > 1:
+        assert isinstance(strategy, Pipelined)
         return InStages(setting, strategy)
     if setting.mesh.size("tensor") > 1:
         return InSlices(setting, strategy)

@@ -18,6 +18,7 @@ from ..compiling import Compiling
 from ..cutting import Cutting
 from ..guidance import Guidance
 from ..pairs import Ran
+from ..times import Times
 
 
 @dataclass(frozen=True)
@@ -34,6 +35,7 @@ class Setting:
     holder: FrameHolder
     model: Callable[..., Any]  # its own forward
     compiling: Compiling
+    times: Times
 
     @property
     def is_spread(self) -> bool:
@@ -78,10 +80,10 @@ class Way(Protocol):
         """
         ...
 
-    def run(self, call: Call, state: State, feeders: Sequence[Cutting], report: Report, *, is_last: bool) -> Ran:
+    def run(self, call: Call, state: State, feeders: Sequence[Cutting], report: Report) -> Ran:
         """Run the model on what is this rank's, and tell the report who has what.
 
-        ``feeders`` are of models that have fed this one in this step; ``is_last`` says that no step follows.
+        ``feeders`` are of models that have fed this one in this step.
         """
         ...
 

@@ -65,7 +65,7 @@ class InPatches:
         budget.kept = max(words for _, words in peaks) * num_branches
         budget.accept(replace(fit, peak=max(peak for peak, _ in peaks)))
 
-    def run(self, call: Call, state: State, feeders: Sequence[Cutting], report: Report, *, is_last: bool) -> Ran:
+    def run(self, call: Call, state: State, feeders: Sequence[Cutting], report: Report) -> Ran:
         """See Way."""
         setting, cutting, table = self.setting, self.setting.cutting, self.setting.table
         picture = cutting.levels(call)

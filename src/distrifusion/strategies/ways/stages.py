@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -15,17 +16,53 @@ from ...layers import Layer
 from ...metrics import Report
 from ...models import Call, stage_layers
 from ..base import State
+from ..cutting import Cutting
 from ..pairs import Ran
+from ..pipelined import Pipelined
+from ..times import ARGUMENT
+from .base import Setting
 from .patches import InPatches
+
+_UNKNOWN = "stride=2: the time of the next step is not known here, so that all stages are told that of the present one"
 
 
 class InStages(InPatches):
-    """The model's own forward runs on every rank, and units of other stages give what has come of them."""
+    """The model's own forward runs on every rank, and units of other stages give what has come of them.
+
+    On a patch of the picture, where a stage has several ranks.
+    """
+
+    def __init__(self, setting: Setting, strategy: Pipelined) -> None:
+        super().__init__(setting, strategy)
+        self._pipelined = strategy
 
     def layers(self) -> Iterable[Layer]:
         """See Way."""
         setting = self.setting
-        return stage_layers(setting.table.model, setting.mesh.size("pipe"), setting.holder)
+        return stage_layers(setting.table.model, self._pipelined.num_stages, setting.holder, super().layers())
+
+    def run(self, call: Call, state: State, feeders: Sequence[Cutting], report: Report) -> Ran:
+        """See Way."""
+        if state.ahead is not None:
+            ran: Ran = state.ahead
+            state.ahead = None
+            return ran
+        if not self._pipelined.looks_ahead(state):
+            return super().run(call, state, feeders, report)
+        ran = super().run(self._for_own_step(call, report), state, feeders, report)
+        assert state.stages is not None
+        picture, rank = Split((0, ran.split.size)), state.stages.output_rank(is_ahead=True)
+        state.ahead = replace(ran, split=_of_stage(picture, rank, self.setting.mesh.size("pipe")))
+        return replace(ran, departs=False)  # the next step's prediction, which comes at once, goes first
+
+    def _for_own_step(self, call: Call, report: Report) -> Call:
+        """With the time that this rank's stage is told."""
+        setting = self.setting
+        following = setting.times.following(call)
+        if setting.times.place(call) is None and _UNKNOWN not in report.notes:
+            report.notes.append(_UNKNOWN)
+        is_ahead = self._pipelined.is_ahead(setting.guidance.patches.rank)
+        return call.having(**{ARGUMENT: following}) if following is not None and is_ahead else call
 
     def _forward(self, exchange: Exchange) -> Callable[..., Any]:
         assert isinstance(exchange, Staged)
@@ -33,9 +70,9 @@ class InStages(InPatches):
 
     def _part(self, exchange: Exchange, split: Split, own: Tensor, report: Report) -> tuple[Split, Tensor]:
         assert isinstance(exchange, Staged)
-        report.patches = ()
+        report.patches = split.sizes if self._is_cut else ()
         report.stages, report.balance = exchange.names, str(self.setting.config.balance or "even")
-        return exchange.output_split(split.size), own  # one rank has all of it
+        return _of_stage(split, exchange.output_rank, self.setting.mesh.size("pipe")), own
 
     def skip(self, before: Ran, call: Call, state: State) -> Ran:
         """See Way."""
@@ -44,6 +81,13 @@ class InStages(InPatches):
     def notes(self) -> list[str]:
         """See Way."""
         return uncompiled(self.setting.table.model)
+
+
+def _of_stage(split: Split, stage: int, num_stages: int) -> Split:
+    """Who has which rows of the prediction: the ranks of one stage have their patches, those of others none."""
+    num_patches = split.num_patches
+    ends = [split.bounds[0]] * stage * num_patches
+    return Split((*ends, *split.bounds, *[split.size] * (num_stages - stage - 1) * num_patches))
 
 
 def uncompiled(model: Any) -> list[str]:

@@ -44,9 +44,10 @@ class InStreams:
     def prepare(self, call: Call, state: State, *, num_branches: int, is_fed: bool) -> None:
         """See Way."""
 
-    def run(self, call: Call, state: State, feeders: Sequence[Cutting], report: Report, *, is_last: bool) -> Ran:
+    def run(self, call: Call, state: State, feeders: Sequence[Cutting], report: Report) -> Ran:
         """See Way."""
-        flow = self._streaming.step(call, self.setting.own_batch(call), state, self.setting.model, is_last=is_last)
+        setting, is_last = self.setting, self.setting.times.is_last(call, state)
+        flow = self._streaming.step(call, setting.own_batch(call), state, setting.model, is_last=is_last)
         assert state.course is not None
         self.kind, split = flow.kind, flow.levels.splits[0]
         report.stages, report.patches = state.course.names(), split.sizes
