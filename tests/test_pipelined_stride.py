@@ -52,9 +52,7 @@ def run(
     return df.run_ranks(world, rank)
 
 
-@pytest.mark.parametrize(
-    ("name", "world", "warmup_steps"), [("sd15", 3, 0), ("sdxl", 4, 1), ("ddpm", 2, 0), ("sd21", 6, 0)]
-)
+@pytest.mark.parametrize(("name", "world", "warmup_steps"), [("sd15", 3, 0), ("sdxl", 4, 1), ("ddpm", 2, 0)])
 def test_each_stage_computes_once_for_two_steps(name: str, world: int, warmup_steps: int) -> None:
     start, way, arguments = latents(name, 2, 16, 8, seed=5), latents(name, 2, 16, 8, seed=6), conditioning(name, 2)
     num_exact, num_stages = 1 + warmup_steps, world - 1
@@ -81,7 +79,9 @@ def test_each_stage_computes_once_for_two_steps(name: str, world: int, warmup_st
         num_rounds = len(samples) - num_exact - (len(samples) - num_exact) // 2
         for unit, count in runs.items():
             assert count == num_exact + num_rounds * (unit in stages[place]), unit
-        assert report.bytes[num_exact + 1] == output_bytes(samples[0], world)
+        outputs = [output_bytes(samples[0], world)] * (len(samples) - num_exact)
+        if place == world - 1:  # the stage's other rank tells the stages
+            assert report.bytes[num_exact:] == outputs
     late = build(name)(samples[num_exact + 1], times[num_exact + 1], **arguments).sample
     assert distance(wanted[num_exact + 1], late) > OTHER  # it is of the latents of the step before
 

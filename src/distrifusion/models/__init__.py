@@ -158,7 +158,7 @@ rows of tokens; displaced with a held input equals sync; cfg=2 at 2 and 4: tests
 frames at 2 to 5: tests/test_transformers_video.py; final latents of whole pipelines, sync and displaced in warm-up, \
 worlds 2 and 3, cfg=2: tests/test_pipelines_cross.py, tests/test_pipelines_joint.py, tests/test_pipelines_video.py; \
 pipelined with a held input equals one device after two steps at world 2: tests/test_pipelined_transformers.py, in \
-patches within stages (4 classes): tests/test_pipelined_patches.py; \
+patches within stages (3 classes): tests/test_pipelined_patches.py; \
 in patches that stream, after one more than there are blocks, worlds 2 and 3: tests/test_stream.py; tensor \
 equals one device at world 2, with 5 heads at 3 and 5, batch 2: tests/test_tensor.py"""
 
