@@ -15,7 +15,6 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import distrifusion as df
-import distrifusion.strategies.denoiser as denoiser
 import distrifusion.strategies.vae as parallel_vae
 from distrifusion.bench.memory import PeakMemory
 from distrifusion.checkpoint import find
@@ -30,6 +29,7 @@ from distrifusion.moments import combine
 from distrifusion.pipeline import report
 from distrifusion.planner.memory import LIBRARIES, Budget, Fit, fewest
 from distrifusion.strategies.bands import BandedTail, Bands
+from distrifusion.strategies.budget import StepTrial
 from models import build, conditioning, distance, latents
 from tiny_pipeline import save_tiny_pipeline
 from transformers_cross import CROSS
@@ -146,7 +146,7 @@ def test_a_step_in_pieces_equals_one_device(world: int, split: Any, monkeypatch:
     x, settings = latents("sdxl", 2, 9, 11), conditioning("sdxl", 2)
     truth = build("sdxl")(x, 321, **settings).sample
     fit = (700, Fit("denoiser", "in pieces of 700 bytes", 0), 0)
-    monkeypatch.setattr(denoiser.StepTrial, "fit", lambda *_, **__: fit)
+    monkeypatch.setattr(StepTrial, "fit", lambda *_, **__: fit)
     pieces: list[int] = []
 
     def counted(*args: Any) -> Tensor:
@@ -172,7 +172,7 @@ def test_a_transformers_step_in_pieces_equals_one_device(monkeypatch: pytest.Mon
     shape = CROSS["pixart"]
     arguments = shape.arguments(2, 3, 5)
     truth = build_transformer(shape)(**arguments).sample
-    monkeypatch.setattr(denoiser.StepTrial, "fit", lambda *_, **__: (500, Fit("denoiser", "in pieces", 0), 0))
+    monkeypatch.setattr(StepTrial, "fit", lambda *_, **__: (500, Fit("denoiser", "in pieces", 0), 0))
     config = ParallelConfig(strategy="sync", max_memory=PLENTY)
 
     def rank(comm: Comm) -> Tensor:
@@ -249,20 +249,20 @@ def test_a_step_takes_what_is_predicted() -> None:
     model(small, 10)
     df.reset(model)
     trials = []
-    fit = denoiser.StepTrial.fit
+    fit = StepTrial.fit
 
     def noted(self: Any, *args: Any, **more: Any) -> Any:
         trials.append(self)
         return fit(self, *args, **more)
 
     with pytest.MonkeyPatch.context() as patched:  # planned before it is measured, and not again while it is
-        patched.setattr(denoiser.StepTrial, "fit", noted)
+        patched.setattr(StepTrial, "fit", noted)
         model(x, 10)
     for chunk in (None, 1 << 20):
         predicted, _ = trials[0].peak(chunk)
         found = (chunk, Fit("denoiser", "as the test says", predicted), 0)
         with pytest.MonkeyPatch.context() as patched:
-            patched.setattr(denoiser.StepTrial, "fit", lambda *_, found=found, **__: found)
+            patched.setattr(StepTrial, "fit", lambda *_, found=found, **__: found)
             df.reset(model)
             peak = measured(lambda: model(x, 10))
         assert abs(peak - predicted) <= TENTH * predicted + SMALL
