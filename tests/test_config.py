@@ -28,6 +28,7 @@ def test_the_defaults_are_the_papers() -> None:
         "patches": None,
         "blocks": "every",
         "max_memory": None,
+        "stride": 1,
     }
 
 
@@ -38,6 +39,14 @@ def test_every_choice_is_accepted(strategy: str, split: str, group_norm: str) ->
     config = ParallelConfig(strategy=strategy, split=split, group_norm=group_norm, cfg=2, patch=3, warmup_steps=0)
     asked = f"strategy={strategy} cfg=2 patch=3 split={split} warmup_steps=0 group_norm={group_norm}"
     assert str(config) == asked
+
+
+def test_what_ranks_must_agree_on_is_in_the_text_of_stages() -> None:
+    """Two configurations that run differently must not read alike: ranks compare the texts."""
+    asked = {}, {"patch": 2}, {"patch": 2, "split": "cols"}, {"patch": 2, "balance": (2, 1)}, {"stride": 2}, {"pipe": 2}
+    texts = [str(ParallelConfig(strategy="pipelined", **settings)) for settings in asked]
+    assert len(set(texts)) == len(asked)
+    assert texts[2] == "strategy=pipelined cfg=1 pipe=all patch=2 split=cols warmup_steps=4"
 
 
 @pytest.mark.parametrize(
