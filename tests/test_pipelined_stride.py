@@ -18,6 +18,9 @@ from distrifusion.models import table_for
 from distrifusion.strategies.denoiser import ParallelDenoiser
 from models import build, conditioning, distance, latents
 from pipelines import sample, sd
+from test_pipelined_transformers import calls, whole
+from test_transformers import MODELS, first
+from transformers_tiny import build as build_tiny
 
 EXACT = 1e-5  # see test_pipelined.py
 OTHER = 1e-3
@@ -108,6 +111,18 @@ def test_the_time_of_the_next_step_is_told_or_its_lack_reported() -> None:
     for results, report in ran:
         assert all(distance(mine, theirs) <= EXACT for mine, theirs in zip(results, wanted, strict=False))
         assert [note for note in report.notes if "the time of the next step is not known" in note]
+
+
+def test_a_transformer_with_a_held_input_is_exact_in_the_end() -> None:
+    one, other = calls("pixart", 2)
+
+    def rank(comm: Comm) -> list[Tensor]:
+        model = df.parallelize(build_tiny(MODELS["pixart"]), strided(), comm)
+        return [first(model(**given)) for given in (one, *[other] * 6)]
+
+    for results in df.run_ranks(3, rank):
+        assert distance(results[1], whole("pixart", other)) > OTHER
+        assert all(distance(result, whole("pixart", other)) <= EXACT for result in results[5:])
 
 
 def test_a_pipeline_is_exact_while_it_warms_up_and_the_same_on_all_ranks_after() -> None:
