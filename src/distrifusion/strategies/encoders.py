@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import functools
 import hashlib
 import io
 import pickle
-from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -16,6 +14,7 @@ from ..comm import Comm
 from ..errors import ConfigError, DistrifusionError
 from .agreement import agree
 from .freed import Freed
+from .taken import TakenForward
 
 
 class SharedEncoder:
@@ -34,19 +33,11 @@ class SharedEncoder:
     """
 
     def __init__(self, module: nn.Module, name: str, comm: Comm, owner: int, *, freed: bool = False) -> None:
-        self._module = module
         self._name = name
         self._comm = comm
         self._owner = owner
-        self._inner: Callable[..., Any] = module.forward
-        self._previous = module.__dict__.get("forward")
-
-        @functools.wraps(self._inner)
-        def forward(*args: Any, **kwargs: Any) -> Any:
-            return self._forward(args, kwargs)
-
-        self._outer: Callable[..., Any] = torch.compiler.disable(forward)  # type: ignore[no-untyped-call]
-        module.forward = self._outer
+        self._taken = TakenForward(module)
+        self._taken.take(self._forward)
         # On their device, in their dtype: pipelines ask for both.
         self._freed = Freed(
             [weight for weight in module.parameters() if weight.dim() > 1] if freed else [], comm, owner
@@ -58,22 +49,19 @@ class SharedEncoder:
         Raises:
             ConfigError: another library has wrapped the module since; nothing is undone then.
         """
-        if self._module.__dict__.get("forward") != self._outer:
+        if not self._taken.is_ours:
             raise ConfigError(f"the forward of {self._name} was replaced since df.parallelize; take that back first")
         self._freed.give_back()
-        if self._previous is None:
-            del self._module.forward
-        else:
-            self._module.forward = self._previous
+        self._taken.give_back()
 
-    def _forward(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    def _forward(self, *args: Any, **kwargs: Any) -> Any:
         if kwargs.get("past_key_values") is not None:
             if self._freed:
                 raise ConfigError(
                     f"{self._name} is asked to go on from a cache, which text_encoders='freed' cannot do: "
                     "use text_encoders='once'"
                 )
-            return self._inner(*args, **kwargs)
+            return self._taken.own(*args, **kwargs)
         agree(self._comm, {f"input of {self._name} (the prompt)": _digest((args, kwargs))})
         if self._comm.rank == self._owner:
             return self._tell(args, kwargs)
@@ -87,7 +75,7 @@ class SharedEncoder:
 
     def _tell(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         try:
-            made = self._inner(*args, **kwargs)
+            made = self._taken.own(*args, **kwargs)
             frame, tensors = _taken_apart(made)
         except Exception as error:
             self._comm.broadcast_object((f"{type(error).__name__}: {error}", None), self._owner)

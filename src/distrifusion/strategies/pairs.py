@@ -24,6 +24,7 @@ class Ran:
     split: Split  # of the picture
     moved: Moved | None = None  # where the patches were, if each stands alone
     coming: Any = None  # the prediction, where its patches are still under way
+    is_complete: bool = True  # whether the next step can build on this one: the model left out no seam
 
 
 @dataclass

@@ -78,6 +78,13 @@ class Pictures:
         states = [branch.state for branch in self._branches]
         return next(i for i, other in enumerate(states) if other is state), len(states)
 
+    def is_last(self, call: Call, state: State) -> bool:
+        """Whether the scheduler has no timestep after this one. Asks no accelerator for a value."""
+        times, time = self._timesteps(), call.arguments.get("timestep")
+        if not isinstance(times, torch.Tensor) or state.step + 1 >= len(times):
+            return True
+        return isinstance(time, torch.Tensor) and time.data_ptr() == times[-1:].data_ptr()
+
     @property
     def slot_bytes(self) -> int:
         """Memory for messages, of all branches."""
