@@ -20,6 +20,7 @@ class Canvas:
         self.v = ((np.arange(height, dtype=np.float32) + 0.5) / height).astype(np.float32)[:, None]
         self.light: Light = light_of(scene.time, scene.weather)
         self.picture = np.zeros((height, width, 3), np.float32)
+        self.marked = np.zeros((height, width), np.float32)  # 1 where a thing stands
         self.light_u = float(self.rng("light place").random() * self.aspect)
         self.skyline = 0.5  # the row where the sky meets the land, about
 

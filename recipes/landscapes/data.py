@@ -12,7 +12,8 @@ import numpy as np
 from numpy.lib.format import open_memmap
 from tqdm import tqdm
 
-from .painter import paint
+from .networks import FACTOR
+from .painter import paint_marked
 from .scene import Scene, sample_scene
 
 CHUNK = 50
@@ -34,12 +35,19 @@ def pictures_path(cache: Path, form: str) -> Path:
     return cache / f"pictures_{form}.npy"
 
 
+def marks_path(cache: Path, form: str) -> Path:
+    """Where it lies which latents of a picture show a thing: uint8 0..255 [N, H/8, W/8]."""
+    return cache / f"marks_{form}.npy"
+
+
 def _paint_chunk(job: tuple[Path, str, int, int]) -> int:
     cache, form, first, last = job
     pictures = np.load(pictures_path(cache, form), mmap_mode="r+")
+    marks = np.load(marks_path(cache, form), mmap_mode="r+")
     height, width = parse_format(form)
     for index in range(first, last):
-        pictures[index] = paint(scene_of(form, index), height, width)
+        pictures[index], marked = paint_marked(scene_of(form, index), height, width)
+        marks[index] = 255 * marked.reshape(height // FACTOR, FACTOR, width // FACTOR, FACTOR).max(axis=(1, 3))
     return first
 
 
@@ -49,6 +57,8 @@ def render(cache: Path, form: str, count: int, workers: int) -> None:
     height, width = parse_format(form)
     path, done_path = pictures_path(cache, form), cache / f"pictures_{form}.done"
     if not path.exists():
+        small = (count, height // FACTOR, width // FACTOR)
+        open_memmap(marks_path(cache, form), mode="w+", dtype=np.uint8, shape=small).flush()
         open_memmap(path, mode="w+", dtype=np.uint8, shape=(count, height, width, 3)).flush()
     count = min(count, len(np.load(path, mmap_mode="r")))
     done = {int(line) for line in done_path.read_text().split()} if done_path.exists() else set()

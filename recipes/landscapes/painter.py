@@ -13,6 +13,11 @@ from .things import paint_ground_things, paint_sky_things
 
 def paint(scene: Scene, height: int, width: int) -> NDArray[np.uint8]:
     """Render a scene as [height, width, 3]; it wraps around along x, and twice the size is the same composition."""
+    return paint_marked(scene, height, width)[0]
+
+
+def paint_marked(scene: Scene, height: int, width: int) -> tuple[NDArray[np.uint8], NDArray[np.float32]]:
+    """The render, and how much of each pixel [height, width] a thing covers: sun, moon, and all that is drawn alone."""
     canvas = Canvas(scene, height, width)
     canvas.skyline = SKYLINES[scene.terrain]
     paint_sky(canvas)
@@ -28,4 +33,5 @@ def paint(scene: Scene, height: int, width: int) -> NDArray[np.uint8]:
         paint_ground_things(canvas, stage, mirrored=True)
         paint_ground_things(canvas, stage, mirrored=False)
     paint_weather(canvas)
-    return (np.clip(grade(canvas.picture, scene.palette), 0, 1) * 255 + 0.5).astype(np.uint8)
+    picture = (np.clip(grade(canvas.picture, scene.palette), 0, 1) * 255 + 0.5).astype(np.uint8)
+    return picture, canvas.marked

@@ -22,6 +22,7 @@ from .scene import TERRAINS, THINGS, TIMES, WEATHERS, Scene, sample_scene
 SIZE = 256  # pictures are read at this size: birds and stars are a few pixels wide there
 KINDS: tuple[tuple[str, tuple[str, ...]], ...] = (("terrain", TERRAINS), ("time", TIMES), ("weather", WEATHERS))
 CLASSES = sum(len(options) for _, options in KINDS)
+POSITIVE = 4.0  # a thing that is there weighs so much more than one that is not; taken off the logit where it is read
 SHARPNESS = 4.0  # of the maximum over places by which a thing is found
 
 
@@ -65,7 +66,8 @@ def reader_loss(outputs: Tensor, classes: Tensor, things: Tensor) -> Tensor:
     """Cross entropy of the three kinds plus that of the things."""
     parts = outputs[:, :CLASSES].split([len(options) for _, options in KINDS], dim=1)
     kinds = sum(nnf.cross_entropy(part, classes[:, column]) for column, part in enumerate(parts))
-    return kinds + 8 * nnf.binary_cross_entropy_with_logits(outputs[:, CLASSES:], things)
+    weight = torch.tensor(POSITIVE)
+    return kinds + 8 * nnf.binary_cross_entropy_with_logits(outputs[:, CLASSES:], things, pos_weight=weight)
 
 
 def as_input(pictures: np.ndarray) -> Tensor:
@@ -133,7 +135,7 @@ def report(title: str, reader: Reader, scenes: Sequence[Scene], pictures: np.nda
             right[kind].append(options[int(output[offset : offset + len(options)].argmax())] == getattr(scene, kind))
             offset += len(options)
         for thing, logit in zip(THINGS, output[CLASSES:], strict=True):
-            found = bool(logit > 0)
+            found = bool(logit > np.log(POSITIVE))  # more likely there than not
             if thing in scene.things:
                 right["things named"].append(found)
                 right[f"  {thing}"].append(found)

@@ -110,7 +110,7 @@ def sample_scene(rng: np.random.Generator, held_out: bool = False) -> Scene:
             break
     fits = fitting_things(terrain, time, weather)
     things: list[str] = []
-    for group, chance in ((SKY_LIGHTS, 0.6), (SKY_EXTRAS, 0.45), (GROUND_THINGS, 0.55)):
+    for group, chance in ((SKY_LIGHTS, 0.6), (SKY_EXTRAS, 0.45), (GROUND_THINGS, 0.7)):
         options = [name for name in group if name in fits]
         if options and rng.random() < chance:
             things.append(str(rng.choice(options)))

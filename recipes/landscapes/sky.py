@@ -51,7 +51,9 @@ def _sun(canvas: Canvas) -> None:
     veil = 0.75 if canvas.scene.weather == "misty" else 1.0
     canvas.blend(canvas.light.glow, (0.75 if low else 0.5) * veil * np.exp(-distance / (0.22 if low else 0.13)))
     canvas.blend(mix(canvas.light.glow, rgb(255, 255, 255), 0.25), 0.8 * veil * np.exp(-((distance / 0.1) ** 2)))
-    canvas.blend(mix(canvas.light.glow, rgb(255, 252, 238), 0.75), _disc(canvas, distance, radius) * veil)
+    disc = _disc(canvas, distance, radius)
+    canvas.blend(mix(canvas.light.glow, rgb(255, 252, 238), 0.75), disc * veil)
+    canvas.marked = np.maximum(canvas.marked, disc)
 
 
 def _moon(canvas: Canvas, crescent: bool) -> None:
@@ -66,6 +68,7 @@ def _moon(canvas: Canvas, crescent: bool) -> None:
         disc = disc * (1 - _disc(canvas, _distance(canvas, canvas.light_u + 0.042, v - 0.022), radius * 0.95))
     seas = smoothstep(0.2, 1.0, canvas.field("seas", 14, 14)) * 0.14
     canvas.blend(rgb(250, 246, 226) * (1 - seas[..., None]), disc)
+    canvas.marked = np.maximum(canvas.marked, disc)
 
 
 def _stars(canvas: Canvas, strength: float) -> None:

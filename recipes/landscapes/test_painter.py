@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from .captions import TERRAIN_WORDS, THING_WORDS, TIME_WORDS, caption, vocabulary
-from .painter import paint
+from .painter import paint, paint_marked
 from .scene import HELD_OUT, TERRAINS, THINGS, TIMES, WEATHERS, Scene, sample_scene
 
 SCENE = Scene("lake", "sunset", "clear", ("sun", "birds", "boat"), seed=5)
@@ -64,3 +64,14 @@ def test_vocabulary_is_small() -> None:
     words = vocabulary()
     assert "moon" in words
     assert len(words) < 400
+
+
+def test_marks_are_where_a_thing_changes_the_picture() -> None:
+    bare, (whole, marks) = (
+        paint(Scene("hills", "day", "clear", seed=4), 96, 96),
+        paint_marked(Scene("hills", "day", "clear", ("balloon", "tree"), seed=4), 96, 96),
+    )
+    changed = np.abs(whole.astype(int) - bare).max(axis=-1) > 24
+    assert 0.01 < marks.mean() < 0.3
+    assert marks[changed].mean() > 0.7
+    assert marks[~changed].mean() < 0.05

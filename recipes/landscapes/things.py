@@ -55,6 +55,7 @@ class Patch:
         columns = np.arange(self.column, self.column + self.pixels) % canvas.width
         rows = canvas.picture[first:last, columns]
         canvas.picture[first:last, columns] = rows * (1 - alpha[inside]) + colour[inside]
+        canvas.marked[first:last, columns] = np.maximum(canvas.marked[first:last, columns], alpha[inside, :, 0])
 
 
 def _bytes(colour: Array) -> tuple[int, int, int, int]:
@@ -78,8 +79,8 @@ def _glow(canvas: Canvas, u: float, v: float, radius: float, strength: float) ->
 
 
 def _boat(canvas: Canvas, stage: Array) -> None:
-    u, size = _place(canvas, "boat"), 0.2
-    v = float(stage[0]) + 0.10
+    u, size = _place(canvas, "boat"), 0.27
+    v = float(stage[0]) + 0.12
     lit = canvas.lit
     white, cream, hull = lit(rgb(255, 252, 244), 0.95), lit(rgb(226, 208, 186), 0.8), lit(rgb(150, 52, 40), 0.6)
     for flip in (True, False):
@@ -98,7 +99,7 @@ def _boat(canvas: Canvas, stage: Array) -> None:
 
 def _lighthouse(canvas: Canvas, stage: Array) -> None:
     """A striped tower on a rock in the water; its lamp shines after sunset."""
-    u, size = _place(canvas, "lighthouse"), 0.36
+    u, size = _place(canvas, "lighthouse"), 0.4
     v = float(stage[0]) + 0.06
     patch = Patch(canvas, u, v, size)
     lit = canvas.lit
@@ -132,7 +133,7 @@ def _lighthouse(canvas: Canvas, stage: Array) -> None:
 
 def _tree(canvas: Canvas, stage: Array) -> None:
     """A lone broad tree: a trunk and a crown of leaf clumps, lit from above."""
-    rng, u, size = canvas.rng("tree shape"), _place(canvas, "tree"), 0.36
+    rng, u, size = canvas.rng("tree shape"), _place(canvas, "tree"), 0.4
     v = float(stage[int(u * canvas.height) % canvas.width]) + 0.03
     patch = Patch(canvas, u, v, size)
     lit, snowy = canvas.lit, canvas.scene.weather == "snowing"
@@ -166,7 +167,7 @@ def _tree(canvas: Canvas, stage: Array) -> None:
 
 def _cabin(canvas: Canvas, stage: Array) -> None:
     """A log cabin with a lit window."""
-    u, size = _place(canvas, "cabin"), 0.19
+    u, size = _place(canvas, "cabin"), 0.26
     v = float(stage[int(u * canvas.height) % canvas.width]) + (0.012 if canvas.scene.terrain == "lake" else 0.03)
     patch = Patch(canvas, u, v, size)
     lit, snowy = canvas.lit, canvas.scene.weather == "snowing"
@@ -187,7 +188,7 @@ def _cabin(canvas: Canvas, stage: Array) -> None:
 
 def _castle(canvas: Canvas, stage: Array) -> None:
     """A castle with pointed towers on a knoll, or on a rock in the water."""
-    u, size = _place(canvas, "castle"), 0.34
+    u, size = _place(canvas, "castle"), 0.38
     watery = canvas.scene.terrain in ("lake", "islands")
     v = float(stage[int(u * canvas.height) % canvas.width]) + (0.012 if watery else 0.03)
     patch = Patch(canvas, u, v, size)
@@ -242,8 +243,8 @@ def _birds(canvas: Canvas) -> None:
     rng, u = canvas.rng("birds"), _place(canvas, "birds")
     v = float(rng.uniform(0.18, 0.28))
     dark = canvas.light.shade * 0.35
-    for index, (dx, dy) in enumerate(((0, 0), (0.085, 0.035), (-0.085, 0.04), (0.17, 0.075), (-0.03, 0.10))):
-        size = float(rng.uniform(0.06, 0.078)) * (1 - 0.05 * index)
+    for index, (dx, dy) in enumerate(((0, 0), (0.11, 0.045), (-0.11, 0.05), (0.22, 0.095), (-0.04, 0.13))):
+        size = float(rng.uniform(0.08, 0.1)) * (1 - 0.05 * index)
         patch = Patch(canvas, u + dx, v + dy, size)
         patch.polygon(
             dark,

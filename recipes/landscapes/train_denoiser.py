@@ -12,14 +12,13 @@ from typing import Any
 import numpy as np
 import torch
 import torch.distributed as dist
-import torch.nn.functional as nnf
 from diffusers import DDPMScheduler
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from tqdm import tqdm
 
 from .captions import caption
-from .data import scene_of
+from .data import marks_path, scene_of
 from .networks import make_text_encoder, make_unet
 from .optimizer import Optimizer
 from .parallel import average_gradients, setup
@@ -36,6 +35,9 @@ SOURCES = {"128x128": "256x256"}  # whose scenes the format shows, where they ar
 DECAY_FROM = 0.6  # the learning rate falls to zero over the rest of the time
 EMPTY_CAPTION = 0.1
 PLAIN_KEPT = 0.35  # of the pictures without a thing on the ground, this share
+# So much more the loss of a latent counts that shows a thing, at times when its place is settled; earlier, the weight
+# would draw things to all places where they may stand.
+MARKED_WEIGHT, MARKED_BEFORE = 4.0, 600
 MIDDLE, MIDDLE_AT, MIDDLE_SPREAD = 0.6, -0.8, 0.9  # a share of the batch; its times' mean and deviation as logits
 SAVE_EVERY = 180.0  # seconds
 
@@ -60,9 +62,13 @@ class Batches:
         self.cache, self.rank, self.tokenizer = cache, rank, tokenizer
         self.table = piece_table(tokenizer)
         self.latents: dict[str, np.ndarray] = {}
+        self.marks: dict[str, np.ndarray] = {}
 
-    def draw(self, step: int, share: float) -> tuple[Tensor, Tensor]:
-        """Latents [B, 4, h, w] and token numbers [B, L] at a share 0..1 of the training time."""
+    def draw(self, step: int, share: float) -> tuple[Tensor, Tensor, Tensor]:
+        """Latents [B, 4, h, w], how much of each a thing covers [B, 1, h, w] and token numbers [B, L].
+
+        The share 0..1 of the training time chooses the stage.
+        """
         stage = next(mix for until, mix in STAGES if share < until)
         stage = {form: entry for form, entry in stage.items() if (self.cache / f"latents_{form}.npy").exists()}
         if not stage:
@@ -72,18 +78,22 @@ class Batches:
         form = str(common.choice(list(stage), p=chances / chances.sum()))
         if form not in self.latents:
             self.latents[form] = np.load(self.cache / f"latents_{form}.npy", mmap_mode="r")
+            self.marks[form] = np.load(marks_path(self.cache, SOURCES.get(form, form)), mmap_mode="r")
         rng, source = np.random.default_rng([step, 2, self.rank]), self.latents[form]
-        latents, captions = [], []
+        latents, marks, captions = [], [], []
         for _ in range(stage[form][1]):
             empty = rng.random() < EMPTY_CAPTION
             index = int(rng.integers(len(source)))
             # Things on the ground are small, so they are drawn more often; not where no caption asks for them.
             while not empty and rng.random() > (1.0 if self._has_ground_thing(form, index) else PLAIN_KEPT):
                 index = int(rng.integers(len(source)))
-            latents.append(np.roll(source[index], int(rng.integers(source.shape[-1])), axis=-1))
+            shift = int(rng.integers(source.shape[-1]))
+            latents.append(np.roll(source[index], shift, axis=-1))
+            finer = self.marks[form].shape[-1] // source.shape[-1]
+            marks.append(np.roll(self.marks[form][index, ::finer, ::finer], shift, axis=-1))
             captions.append("" if empty else caption(scene_of(SOURCES.get(form, form), index), rng))
         tokens = self.table[encode(self.tokenizer, captions)]
-        return torch.from_numpy(np.stack(latents)).float(), tokens
+        return torch.from_numpy(np.stack(latents)).float(), torch.from_numpy(np.stack(marks))[:, None] / 255, tokens
 
     @staticmethod
     def _has_ground_thing(form: str, index: int) -> bool:
@@ -177,7 +187,7 @@ def main() -> None:
             if share >= 1:
                 break
             factor = min(1.0, (step - begun + 1) / 150) * min(1.0, (1 - share) / (1 - DECAY_FROM))
-            latents, tokens = (value.to(device) for value in batches.draw(step, share))
+            latents, marks, tokens = (value.to(device) for value in batches.draw(step, share))
             generator = torch.Generator().manual_seed(step * 64 + rank)
             times = draw_times(len(latents), generator).to(device)
             noise = torch.randn(latents.shape, generator=generator).to(device)
@@ -187,7 +197,8 @@ def main() -> None:
             with torch.autocast(device.type, torch.bfloat16), sdpa_kernel(SDPBackend.MATH) if small else nullcontext():
                 text = model["text_encoder"](tokens)[0]
                 made = model["unet"](noisy, times, text).sample
-            loss = nnf.mse_loss(made.float(), target)
+            weight = 1 + (MARKED_WEIGHT - 1) * marks * (times < MARKED_BEFORE)[:, None, None, None]
+            loss = (weight * (made.float() - target) ** 2).mean()
             model.zero_grad(set_to_none=True)
             loss.backward()
             average_gradients(trained, world)
