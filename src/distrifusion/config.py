@@ -95,10 +95,12 @@ class ParallelConfig:
             through the stages within a step (PipeFusion, arXiv 2405.14430). 1: one after the other, exact. None: all
             stages at the same time, each one step behind the one before. See docs/pipelined.md.
         blocks: where ``patches`` are given: ``"every"``: each rank keeps all blocks of the model. ``"freed"``: it gives
-            up the memory of other stages' until ``df.restore``, which is collective then.
+            up the memory of other stages' until ``df.restore``, which is collective then; what ``df.load`` and the
+            engine load, a rank never has. None: ``"freed"`` for these, ``"every"`` for ``df.parallelize``.
         max_memory: bytes that each rank may hold, or a size such as ``"4GiB"`` (kept as bytes): a decode then runs in
             bands of rows, and a step in pieces within its layers, as far as needed; the same result. What cannot fit is
-            refused. None: no matter how much. On one device too. See docs/memory.md.
+            refused. None: no matter how much. On one device too. Under ``pipelined`` and ``tensor``, steps are not
+            planned: a check of the weights of each rank, and of decodes. See docs/memory.md.
 
     Raises:
         ConfigError: a value that is not one of these, printed with what would be right.
@@ -121,7 +123,7 @@ class ParallelConfig:
     latents: Latents = "rows"
     pipe: int | None = None
     patches: int | None = None
-    blocks: Blocks = "every"
+    blocks: Blocks | None = None
     max_memory: int | str | None = None
 
     def __post_init__(self) -> None:
@@ -146,8 +148,9 @@ class ParallelConfig:
                 f"patches={self.patches} goes with strategy='pipelined' only, not with {self.strategy!r}, where patch= "
                 "is the number of ranks along the picture"
             )
-        _one_of("blocks", self.blocks, get_args(Blocks))
-        if self.blocks != "every" and self.patches is None:
+        if self.blocks is not None:
+            _one_of("blocks", self.blocks, get_args(Blocks))
+        if self.blocks == "freed" and self.patches is None:
             raise ConfigError(
                 f"blocks={self.blocks!r} goes with strategy='pipelined' and patches only: without patches, each rank "
                 "computes the first steps with all blocks"
@@ -180,11 +183,6 @@ class ParallelConfig:
                     "leave it out"
                 )
         object.__setattr__(self, "max_memory", _size("max_memory", self.max_memory))
-        if self.max_memory is not None and self.strategy not in _PATCHED:
-            raise ConfigError(
-                f"max_memory={self.max_memory} is known for patches and for one device, not for "
-                f"strategy={self.strategy!r}"
-            )
         _one_of("topology", self.topology, get_args(Topology))
         _one_of("latents", self.latents, get_args(Latents))
         if self.topology != "plane" and self.strategy in ("pipelined", "tensor"):
@@ -260,7 +258,6 @@ class ParallelConfig:
         return " ".join(facts + self.extras + shared)
 
 
-_PATCHED = ("sync", "displaced", "naive", "shifted")
 _SIZE = re.compile(r"(\d+(?:\.\d+)?)(KiB|MiB|GiB|TiB)", re.ASCII)
 _OF_SHIFTED = ("shift", "shift_seed", "overlap", "latents")
 _EXTRAS = ("codec", "context_window", "balance", "topology", "shift_seed", "overlap", "latents", "patches", "blocks")

@@ -21,6 +21,7 @@ from ..mesh import Mesh
 from ..metrics import Report, human_bytes
 from ..models import Call, Table, fused, sliced_layers, stage_layers
 from ..planner.memory import Budget
+from ..weights import part_of, whole_bytes
 from . import strategy_for
 from .agreement import check_call, check_latents, probe
 from .balance import Balance
@@ -30,6 +31,7 @@ from .compiling import Compiling
 from .condition import SharedCondition
 from .cutting import Cutting, check_model
 from .guidance import Guidance, Halves
+from .holding import shares_model
 from .independent import blended
 from .pairs import Pairs, Ran
 from .pictures import Pictures
@@ -116,11 +118,12 @@ class ParallelDenoiser:
         self._inner: Callable[..., Any] = table.model.forward
         self._compiling = Compiling(table.model, self._inner, wrapper)
         self._previous = table.model.__dict__.get("forward")
-        self._fused, self._num_bytes = fused(table.model), weight_bytes(table.model)  # before there are slices
+        self._fused = fused(table.model)  # before there are slices
+        self._num_bytes = whole_bytes([*table.model.parameters(), *table.model.buffers()])
         self._attach_layers()
-        self.report = self._new_report()
         if self._streamed is not None:
             self._streamed.free()
+        self.report = self._new_report()
 
         @functools.wraps(self._inner)
         def forward(*args: Any, **kwargs: Any) -> Any:
@@ -132,6 +135,11 @@ class ParallelDenoiser:
         self.model.forward = self._outer
         for condition in self._conditions:
             condition.attach()
+
+    @property
+    def _is_split(self) -> bool:
+        """Whether the ranks share the model, and not the picture."""
+        return shares_model(self._mesh)
 
     @property
     def model(self) -> nn.Module:
@@ -168,6 +176,9 @@ class ParallelDenoiser:
                 f"a LoRA of {type(self.model).__name__} was fused, or unfused, after df.parallelize, in slices of the "
                 "weights only; take that back before df.restore"
             )
+        if self._mesh.size("tensor") > 1 and not self._is_detached:
+            for files in {part.files for part in map(part_of, self.model.parameters()) if part is not None}:
+                files.check()
 
     def _detach(self) -> None:
         if self._is_detached:
@@ -238,7 +249,7 @@ class ParallelDenoiser:
         if not state.is_checked:
             check_call(self._comm, call, self._config, conditioning)
             self._attach_layers()
-            if self.budget is not None and self._table.gathers:
+            if self.budget is not None and self._table.gathers and not self._is_split:
                 self._fit(call, state, self.budget)
             state.is_checked = True
         state.num_calls += 1
@@ -319,7 +330,7 @@ class ParallelDenoiser:
 
     def _skip(self, before: Ran, call: Call, state: State) -> Ran:
         """See `Pairs`."""
-        if self._mesh.size("pipe") > 1 or self._mesh.size("tensor") > 1:
+        if self._is_split:
             return before
         split = self._cutting.levels(call).splits[0]
         moved = self._cutting.moves(call, state, split, [])
@@ -429,9 +440,11 @@ class ParallelDenoiser:
             for extra in self._config.extras
         ]
         notes += self._notes + ([self._compiling.note] if self._compiling.note else [])
-        if self._mesh.size("tensor") > 1:
+        if self._mesh.size("tensor") > 1 or (self._streamed is not None and self._config.blocks == "freed"):
             held, whole = human_bytes(weight_bytes(self.model)), human_bytes(self._num_bytes)
             notes.append(f"{held} of {whole} of weights on this rank")
+        if self.budget is not None and self._is_split:
+            notes.append(f"max_memory plans no steps of strategy={self._config.strategy!r}")
         if self._mesh.size("pipe") > 1 and any(each._compiled_call_impl is not None for each in self.model.modules()):
             notes.append("torch.compile does nothing while pipelined")
         return Report(self._config.strategy, str(self._mesh), self._config.split, notes=notes)
