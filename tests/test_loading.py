@@ -8,7 +8,6 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-import diffusers
 import pytest
 import torch
 from torch import Tensor, nn
@@ -182,7 +181,9 @@ def test_ranks_read_and_hold_their_own_weights_and_paint_the_same(
     everyone = [holding(original, config, mesh, place) for place in range(world)]
     shared = {key for held in everyone for key in held}
     sizes = {key: weight.nbytes for key, weight in original.named_parameters()}
-    in_shares, by_all = (sum(sizes[key] for key in sizes if (key in shared) == is_shared) for is_shared in (True, False))
+    in_shares, by_all = (
+        sum(sizes[key] for key in sizes if (key in shared) == is_shared) for is_shared in (True, False)
+    )
     for place, (result, held, notes, is_back) in enumerate(ran):
         assert float((result - wanted[place][0]).norm()) <= 1e-6 * float(result.norm())
         assert held <= 1.15 / world * in_shares + by_all
@@ -324,4 +325,3 @@ def test_with_max_memory_steps_are_not_planned_and_the_report_says_so(tmp_path: 
         assert "max_memory plans no steps of strategy='pipelined'" in notes
         assert any(note.startswith("memory per rank: 1.00 GiB given, ") for note in notes)
     df.run_ranks(1, lambda comm: call(df.parallelize(make(), config, comm)))  # one device: as ever
-

@@ -277,6 +277,18 @@ def codec_choices(names: Sequence[str]) -> list[str | None]:
     return list(dict.fromkeys(None if name == "none" else _codec_text(name) for name in names))
 
 
+def patches_choices(names: Sequence[str]) -> list[int | None]:
+    """What the command line calls ``none`` and numbers of patches that stream, each once.
+
+    Raises:
+        ConfigError: what is neither.
+    """
+    found = [None if name == "none" else int(name) if name.isascii() and name.isdigit() else name for name in names]
+    for patches in found:
+        ParallelConfig(strategy="pipelined", patches=patches)  # type: ignore[arg-type]
+    return list(dict.fromkeys(found))  # type: ignore[arg-type]
+
+
 def _codec_text(codec: Any) -> str | None:
     """``codec`` in its one normal form: a name where all seams have the same, else ``seam=name,...``."""
     if codec is None:
