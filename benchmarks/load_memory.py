@@ -37,7 +37,7 @@ NOTHING = dict.fromkeys(("vae", "text_encoder", "tokenizer"))
 def write(folder: Path, width: int = 72) -> None:
     torch.set_default_dtype(torch.bfloat16)
     transformer = diffusers.PixArtTransformer2DModel(
-        sample_size=128,
+        sample_size=32,
         num_layers=12,
         num_attention_heads=16,
         attention_head_dim=width,

@@ -23,6 +23,7 @@ from . import checkpoint
 from .checkpoint import Checkpoint
 from .comm import Comm, alone
 from .config import ParallelConfig
+from .errors import DistrifusionError
 from .mesh import Mesh
 from .metrics import human_bytes
 from .models import is_known
@@ -112,19 +113,32 @@ def read(
     Raises:
         ConfigError: more weights than ``max_memory``, or see `holding`.
         UnsupportedModel: see `holding`.
-        Exception: what diffusers raises where something does not load.
+        DistrifusionError: something does not load.
     """
+    try:
+        with _LOCK:
+            return _read(Path(path), config, rank, Mesh.fit(config, world), dtype, device, arguments)
+    except DistrifusionError:
+        raise
+    except Exception as error:  # OSError, ValueError, SafetensorError ...: whatever part of it did not load
+        reason = " ".join(str(error).split())
+        raise DistrifusionError(f"{path} does not load: {type(error).__name__}: {reason}") from error
+
+
+def _read(
+    path: Path, config: ParallelConfig, rank: int, mesh: Mesh, dtype: Dtypes, device: str, arguments: dict[str, Any]
+) -> Any:
     import diffusers
 
-    path, mesh = Path(path), Mesh.fit(config, world)
-    with _LOCK:
-        readings = readings_of(path, config, mesh, dtype, arguments)
-        if config.max_memory is not None:
-            without = [name for name, part in arguments.items() if part is None]
-            found = checkpoint.inspect(path, str(path), arguments.get("variant"), without)
-            weights_budget(found, config, mesh, readings, dtype=dtype, device=device).check_weights()
-        read = {each.name: each.fill(config, mesh, rank) for each in readings if each.model is not None}
-        pipeline = diffusers.DiffusionPipeline.from_pretrained(path, dtype=dtype, **arguments, **read)
+    readings = readings_of(path, config, mesh, dtype, arguments)
+    if config.max_memory is not None:
+        without = [name for name, part in arguments.items() if part is None]
+        found = checkpoint.inspect(path, str(path), arguments.get("variant"), without)
+        weights_budget(found, config, mesh, readings, dtype=dtype, device=device).check_weights()
+    read = {each.name: each.fill(config, mesh, rank) for each in readings if each.model is not None}
+    # diffusers maps safetensors and assigns the mapped tensors where the dtype is the file's own: ranks of one
+    # machine then share the pages, and nothing is copied.
+    pipeline = diffusers.DiffusionPipeline.from_pretrained(path, dtype=dtype, **arguments, **read)
     for each in readings:
         part = getattr(pipeline, each.name, None)
         if isinstance(part, nn.Module):

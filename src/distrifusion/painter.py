@@ -10,7 +10,7 @@ from time import perf_counter
 from typing import TYPE_CHECKING, Any
 
 from .config import ParallelConfig
-from .errors import ConfigError, DistrifusionError
+from .errors import ConfigError
 from .metrics import Report
 
 if TYPE_CHECKING:
@@ -74,17 +74,8 @@ class Painter:
         transformers.utils.logging.set_verbosity_error()
         transformers.utils.logging.disable_progress_bar()
         self._setup = setup = replace(setup, config=settled(setup.config))
-        dtype = getattr(torch, setup.dtype) if setup.dtype else None
-        try:
-            # diffusers maps safetensors and assigns the mapped tensors where the dtype is the file's own: ranks of one
-            # machine then share the pages, and nothing is copied.
-            given = {**setup.load, "dtype": dtype}
-            self.pipeline = read(setup.path, setup.config, rank, world, device=setup.device, **given)
-        except DistrifusionError:
-            raise
-        except Exception as error:  # OSError, ValueError, SafetensorError ...: whatever part of it did not load
-            reason = " ".join(str(error).split())
-            raise DistrifusionError(f"{setup.path} does not load: {type(error).__name__}: {reason}") from error
+        given = {**setup.load, "dtype": getattr(torch, setup.dtype) if setup.dtype else None}
+        self.pipeline = read(setup.path, setup.config, rank, world, device=setup.device, **given)
         if setup.config.blocks != "freed":
             self._move()
         self._comm: Comm | None = None

@@ -235,6 +235,7 @@ def _take_back(model: Any) -> None:
         parallel.detach()
         for each in parallel.models:
             delattr(each, _MARK)
+            each.__dict__.pop(READ, None)  # it is whole
 
 
 def reset(target: Any) -> None:

@@ -209,7 +209,7 @@ class _Rank:
         return [self._at(seam) for seam in self._anatomy.seams]
 
     def _at(self, seam: Seam) -> _Said:
-        assert not isinstance(seam, Total | Joint), "an anatomy for strategy='tensor'"
+        assert not isinstance(seam, Total | Joint | Crossing), "an anatomy of slices, or of stages"
         batch, item, codecs = self._batch, self._anatomy.item, self._config.codecs
         if isinstance(seam, Norm):
             return _Said("moments", {None: (1 + 2 * batch * seam.groups,)}, 4, None)
