@@ -173,9 +173,7 @@ def test_generate_writes_a_video_of_two_processes(folder: Folder, tmp_path: Path
     command = [sys.executable, "-m", "distrifusion", *words, *size, "--json", "-o", str(file)]
     done = subprocess.run(command, capture_output=True, text=True, timeout=120)
     assert (done.returncode, done.stderr.count("\n")) == (0, 2), done.stderr
-    plan = (
-        r"memory per rank: 4\.00 GiB given, libraries 480\.0 MiB \+ weights .* on rank \d, with .* of the denoiser"
-    )
+    plan = r"memory per rank: 4\.00 GiB given, libraries 480\.0 MiB \+ weights .* on rank \d, with .* of the denoiser"
     assert re.match(plan, done.stderr)
     facts = json.loads(done.stdout)
     assert any(re.match(r".* KiB of .* KiB of the transformer's files read", note) for note in facts["notes"])

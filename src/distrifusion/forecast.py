@@ -20,7 +20,7 @@ def forecast(
     found: Checkpoint,
     config: ParallelConfig,
     mesh: Mesh,
-    size: tuple[int, int],
+    size: tuple[int, int] | None,
     *,
     dtype: str | None,
     device: str,
@@ -35,7 +35,7 @@ def forecast(
         found: the model.
         config: with ``max_memory``.
         mesh: of the ranks.
-        size: of the latent.
+        size: of the latent; None, where only the pipeline knows it: whether the weights fit.
         dtype: torch's name of it, for weights; None: the checkpoint's own.
         device: of the ranks.
         is_guided: both branches of guidance are in one batch.
@@ -52,6 +52,8 @@ def forecast(
     readings = readings_of(found.path, config, mesh, numbers, {})
     budget = weights_budget(found, config, mesh, readings, dtype=numbers, device=device)
     budget.check_weights()
+    if size is None:
+        return budget
     if found.denoiser == "unet" and not shares_model(mesh):
         _plan_step(budget, found, config, mesh, size, numbers, 2 if is_guided else 1)
     _plan_decode(budget, found, config, mesh, size, numbers)
