@@ -75,6 +75,15 @@ def test_codecs_multiply_the_cases_that_send_something() -> None:
     assert (cases[3].config.codec, cases[3].config.context_window) == ("int8", 0.5)
 
 
+def test_patches_multiply_the_cases_in_stages() -> None:
+    cases = cases_for(["sync", "pipelined"], [2, 4], 1, balance="measured", patches=[None, 4], blocks="freed")
+    names = [case.name for case in cases if case.strategy == "pipelined"]
+    assert names == ["pipelined balance measured", "pipelined 4 patches blocks freed"] * 2
+    assert len(cases) == 1 + 2 * 3
+    config = cases[-1].config
+    assert (config.patches, config.blocks, config.balance, cases[-1].num_untimed) == (4, "freed", None, 2)
+
+
 def test_a_balance_is_asked_of_every_case_of_several_ranks(tiny: str) -> None:
     cases = cases_for(["displaced", "naive"], [1, 2], 1, balance="measured")
     names = ["bare model", "displaced", "displaced balance measured", "naive balance measured"]
@@ -213,6 +222,9 @@ def test_sizes() -> None:
         (["--context-window", "2"], "context_window=2.0 must be None or a number from 0 to 1"),
         (["--balance", "2;1"], "balance='2;1' must be None, 'measured', or a positive number for each rank"),
         (["--balance", "2,1", "--world", "3"], "balance=2,1 has 2 weights for 3 ranks along the picture"),
+        (["--patches", "two"], "patches='two' must be a whole number of at least 1"),
+        (["--patches", "4"], "--patches 4 stream through transformers, and 'sdxl-mini' is none: take flux-mini, pix"),
+        (["--blocks", "freed"], "blocks='freed' goes with strategy='pipelined' and patches only"),
         (["--world", "0"], "--world 0 must be at least 1"),
         (["--height", "100"], "--height 100 must be a multiple of 8"),
         (["--size", "512", "--size", "512x100"], "--width 100 must be a multiple of 8"),

@@ -385,8 +385,3 @@ def test_sizes(given: Any, num_bytes: int | None) -> None:
 def test_sizes_that_are_none(given: Any) -> None:
     with pytest.raises(df.ConfigError, match=r"^max_memory=.* must be a positive number of bytes, or a size"):
         ParallelConfig(max_memory=given)
-
-
-def test_strategies_without_patches_have_no_budget() -> None:
-    with pytest.raises(df.ConfigError, match=r"max_memory=1024 is known for patches and for one device, not for str"):
-        ParallelConfig(strategy="pipelined", max_memory=1024)

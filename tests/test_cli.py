@@ -57,8 +57,20 @@ def test_commands_and_flags() -> None:
     }
     assert flags == {
         "bench": [
-            *("--balance", "--batch", "--codec", "--context-window", "--device", "--dtype", "--height", "--json"),
-            *("--model", "--plot", "--rounds", "--size", "--steps", "--strategy", "--trace", "--width", "--world"),
+            *("--balance", "--batch", "--blocks", "--codec", "--context-window", "--device", "--dtype", "--height"),
+            *(
+                "--json",
+                "--model",
+                "--patches",
+                "--plot",
+                "--rounds",
+                "--size",
+                "--steps",
+                "--strategy",
+                "--trace",
+                "--width",
+                "--world",
+            ),
         ],
         "generate": [
             *("--balance", "--blocks", "--cfg", "--codec", "--context-window", "--device", "--dtype", "--fps"),
@@ -75,6 +87,7 @@ def test_commands_and_flags() -> None:
             *("--guidance-scale", "--height", "--jobs", "--json", "--limit", "--model", "--output"),
             *(
                 "--overlap",
+                "--patches",
                 "--prompt",
                 "--prompts",
                 "--seed",

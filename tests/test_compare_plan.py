@@ -75,6 +75,7 @@ def test_a_case_says_all_of_itself_and_comes_back_from_json() -> None:
         ({"strategies": ["naive"], "context_windows": [2.0]}, "context_window=2.0"),
         ({"shifts": ["silver"]}, "shift='silver'"),
         ({"overlaps": [-1]}, "overlap=-1"),
+        ({"strategies": ["pipelined"], "patches": [0]}, "patches=0"),
     ],
 )
 def test_a_value_that_cannot_be_is_named(changes: dict[str, object], said: str) -> None:
@@ -93,6 +94,14 @@ def test_only_shifted_is_multiplied_by_how_its_borders_move() -> None:
         (3, 2),
     }
     assert len({case.name for case in cases}) == len({case.title for case in cases}) == 5
+    assert [case_of(as_facts(case)) for case in cases] == list(cases)
+
+
+def test_only_pipelined_is_multiplied_by_patches() -> None:
+    cases = cases_for(["sync", "pipelined"], [2], [4], [1], ["corrected"], patches=[None, 2, 4])
+    assert [case.config.patches for case in cases] == [None, None, 2, 4]
+    assert cases[-1].name == "pipelined-2-ranks-4-steps-warmup-1-patches-4"
+    assert len({case.title for case in cases}) == 4
     assert [case_of(as_facts(case)) for case in cases] == list(cases)
 
 

@@ -26,7 +26,7 @@ def test_the_defaults_are_the_papers() -> None:
         "latents": "rows",
         "pipe": None,
         "patches": None,
-        "blocks": "every",
+        "blocks": None,
         "max_memory": None,
         "stride": 1,
     }

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 import sys
 from collections.abc import Callable
@@ -68,6 +69,9 @@ def test_a_size_that_cannot_be_is_refused_before_anything_is_loaded(folder: Fold
         check_size(found, SYNC, Mesh.fit(SYNC, 9), 64, 48)
     with pytest.raises(df.ConfigError, match=r"height=60 must be a multiple of 8, so that a row .*: 56 or 64 fits"):
         check_size(found, SYNC, Mesh.fit(SYNC, 2), 60, 48)
+    streamed = df.ParallelConfig(strategy="pipelined", patches=9)
+    with pytest.raises(df.ConfigError, match="patches=9 are more than the 8 rows of tokens of this picture: patches=8"):
+        check_size(found, streamed, Mesh.fit(streamed, 2), 64, 48)
 
 
 ARGUMENTS: dict[str, dict[str, Any]] = {
@@ -163,12 +167,16 @@ def test_guidance_that_is_not_named_is_the_pipelines_own(folder: Folder) -> None
 
 def test_generate_writes_a_video_of_two_processes(folder: Folder, tmp_path: Path) -> None:
     file = tmp_path / "out.webp"
-    words = ["generate", "a hill", "--model", str(folder("wan")), "--nproc", "2", "--strategy", "sync", "--steps", "2"]
+    words = ["generate", "a hill", "--model", str(folder("wan")), "--nproc", "2", "--strategy", "pipelined"]
+    words += ["--patches", "2", "--max-memory", "4GiB", "--steps", "2"]  # all of them whole
     size = ["--frames", "5", "--height", "80", "--width", "48", "--fps", "8"]
     command = [sys.executable, "-m", "distrifusion", *words, *size, "--json", "-o", str(file)]
     done = subprocess.run(command, capture_output=True, text=True, timeout=120)
-    assert (done.returncode, done.stderr) == (0, "")
+    assert (done.returncode, done.stderr.count("\n")) == (0, 2), done.stderr
+    plan = r"memory per rank: 4\.00 GiB given, libraries 480\.0 MiB \+ weights .* on rank \d, with .* of the denoiser"
+    assert re.match(plan, done.stderr)
     facts = json.loads(done.stdout)
+    assert any(re.match(r".* KiB of .* KiB of the transformer's files read", note) for note in facts["notes"])
     assert (facts["frames"], facts["height"], facts["width"], facts["steps"]) == (5, 80, 48, {"sync": 4})
     with Image.open(file) as video:
         assert (video.n_frames, video.size) == (5, (48, 80))

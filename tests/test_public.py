@@ -19,6 +19,7 @@ PUBLIC = [
     "PeerLost",
     "RanksDisagree",
     "UnsupportedModel",
+    "load",
     "parallelize",
     "report",
     "reset",

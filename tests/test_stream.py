@@ -336,7 +336,7 @@ def test_a_folder_is_painted_by_ranks_that_hold_their_stage(tmp_path: Path) -> N
     words = {"prompt": "a hill", "height": 80, "width": 48, "num_inference_steps": 2, "output_type": "np"}
     request = Request(3, words)
     truth = torch.from_numpy(np.asarray(Painter(Setup(path, df.ParallelConfig())).paint(request).images))
-    painters = [Painter(Setup(path, streamed(blocks="freed", warmup_steps=8))) for _ in range(2)]
+    painters = [Painter(Setup(path, streamed(warmup_steps=8)), place, 2) for place in range(2)]
 
     def rank(comm: Comm) -> tuple[Tensor, list[bool]]:
         painter = painters[comm.rank]

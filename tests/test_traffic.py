@@ -19,9 +19,9 @@ from distrifusion.comm import Comm
 from distrifusion.config import CODECS
 from distrifusion.geometry import Levels, Split, Window
 from distrifusion.models import table_for
-from distrifusion.planner import Anatomy, Context, Conv, Norm, Traffic, traffic
+from distrifusion.planner import Anatomy, Context, Conv, Crossing, Norm, Traffic, traffic
 from distrifusion.planner.traffic import frame
-from distrifusion.strategies.anatomy import anatomy_of
+from distrifusion.strategies.anatomy import anatomy_of, anatomy_of_stages
 from models import build, conditioning, latents
 from transformers_cross import CROSS
 from transformers_joint import JOINT
@@ -91,10 +91,11 @@ def counted(name: str, settings: df.ParallelConfig, world: int, batch: int, step
 
 def predicted(name: str, settings: df.ParallelConfig, world: int, batch: int, steps: int) -> list[list[Traffic]]:
     model, call = model_and_call(name, batch)
-    anatomy = anatomy_of(model, **call)
+    is_streamed = settings.strategy == "pipelined"
+    anatomy = anatomy_of_stages(model, settings, **call) if is_streamed else anatomy_of(model, **call)
     table = table_for(model)
     dim = 2 if settings.split == "rows" else 3
-    weights = settings.weights or (1.0,) * (world // settings.cfg)
+    weights = settings.weights or (1.0,) * (settings.patches or world // settings.cfg)
     levels = table.levels(*table.size(table.bind((), call)), weights, dim)
     return [
         [traffic(anatomy, levels, settings, rank, batch=batch, step=step) for step in range(steps)]
@@ -157,6 +158,41 @@ def test_the_cfg_split_halves_the_batch(strategy: Any, world: int, batch: int) -
     for name in ("time-cond", "pixart"):
         codec = None if strategy == "naive" else "int8"
         check(name, config(strategy=strategy, cfg=2, codec=codec), world, batch)
+
+
+@pytest.mark.parametrize(
+    ("name", "world", "settings"),
+    [
+        ("flux", 2, {"patches": 3}),
+        ("hunyuan", 3, {"patches": 2, "warmup_steps": 1, "split": "cols"}),  # skips beyond the next stage
+        ("sd3", 4, {"patches": 4, "cfg": 2}),
+        ("wan", 2, {"patches": 5}),
+        ("lumina2", 2, {"patches": 2}),
+    ],
+)
+def test_patches_that_stream_through_stages(name: str, world: int, settings: dict[str, Any]) -> None:
+    pipe = world // settings.get("cfg", 1)
+    check(name, config(strategy="pipelined", pipe=pipe, **settings), world, steps=4)
+
+
+def test_patches_that_stream_by_hand() -> None:
+    """Two tensors over the first link and one over the second: of three pictures, in two patches."""
+    anatomy = Anatomy((Crossing(0, (10, 20), 25), Crossing(0, (4, 4), 4), Crossing(1, (10, 20), 25, 2)), channels=4)
+    levels = Levels((Split((0, 3, 6)),), (5,))
+    settings = config(strategy="pipelined", patches=2, pipe=3, warmup_steps=1)
+    output = (3 * 4 * 6 * 5 + 64) * 4 * 2
+    for rank, step, boundary, count in [
+        (0, 0, 0, 0),  # everyone is told what there is
+        (0, 1, 304 + 48, 1),  # whole: 300 and 48 bytes in words of 16
+        (0, 2, 0, 0),  # and how large it is in patches
+        (0, 3, 128 + 48 + 240 + 48, 2),
+        (1, 3, 64 + 128, 2),
+        (2, 3, 0, 0),
+    ]:
+        said = traffic(anatomy, levels, settings, rank, batch=3, step=step)
+        assert (said.bytes["boundary"], said.messages["boundary"], said.bytes["output"]) == (boundary, count, output)
+    with pytest.raises(df.ConfigError, match="is counted here with patches= and pipe= only"):
+        traffic(anatomy, levels, config(strategy="pipelined"), 0)
 
 
 def test_half_precision_halves_all_but_the_moments() -> None:

@@ -11,6 +11,7 @@ from .errors import ConfigError, DistrifusionError, PeerLost, RanksDisagree, Uns
 if TYPE_CHECKING:
     from .comm import run_ranks
     from .engine import Engine
+    from .loading import load
     from .pipeline import parallelize, report, reset, restore
 
 __all__ = [
@@ -21,6 +22,7 @@ __all__ = [
     "PeerLost",
     "RanksDisagree",
     "UnsupportedModel",
+    "load",
     "parallelize",
     "report",
     "reset",
@@ -31,6 +33,7 @@ __version__ = "0.1.0"
 
 _LAZY = {
     "Engine": "engine",
+    "load": "loading",
     "parallelize": "pipeline",
     "report": "pipeline",
     "reset": "pipeline",

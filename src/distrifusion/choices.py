@@ -37,17 +37,29 @@ def check_size(found: Checkpoint, config: ParallelConfig, mesh: Mesh, height: in
     """Whether a picture of this size (None: the model's own) can be spread over ``mesh``.
 
     Raises:
-        ConfigError: a size the model cannot take, or fewer rows of latent or tokens than ranks; says what would fit.
-        UnsupportedModel: a split by frames of pictures.
+        ConfigError: a size the model cannot take, or fewer rows of latent or tokens than ranks, or than patches that
+            stream; says what would fit.
+        UnsupportedModel: a split by frames of pictures, or patches that stream through a U-Net.
     """
     size = found.latent_size(height, width)
     if config.split == "frames" and not found.sizes.is_video:
         raise UnsupportedModel(
             f"split='frames' is for models of videos, and {found.pipeline} makes pictures: use 'rows' or 'cols'"
         )
+    streams = config.patches is not None and mesh.size("pipe") > 1
+    if streams and found.denoiser == "unet":
+        raise UnsupportedModel(
+            f"patches={config.patches} of strategy='pipelined' are for transformers, not for the U-Net of "
+            f"{found.pipeline}: leave patches out"
+        )
     if size is not None:
         num_rows, patch = size[0] if config.split == "rows" else size[1], found.sizes.patch
         Split.even(num_rows // patch, mesh.size("patch"), what="rows of latent" if patch == 1 else "rows of tokens")
+        if streams and num_rows // patch < (config.patches or 1):
+            raise ConfigError(
+                f"patches={config.patches} are more than the {num_rows // patch} {config.split} of tokens of this "
+                f"picture: patches={num_rows // patch} is the most"
+            )
 
 
 def num_workers(config: ParallelConfig, nproc: int | None, device: str) -> int:

@@ -75,7 +75,10 @@ def generate(
         int | None, typer.Option(help="Of pipelined: the picture in so many patches that stream through the stages.")
     ] = None,
     blocks: Annotated[
-        str, typer.Option(help="Of pipelined with --patches: every, or freed: a rank holds those of its stage alone.")
+        str | None,
+        typer.Option(
+            help="Of pipelined with --patches: freed (a rank has those of its stage alone) or every. Default: freed."
+        ),
     ] = _DEFAULT.blocks,
     split: Annotated[str, typer.Option(help="rows or cols of the picture, or frames of a video.")] = _DEFAULT.split,
     group_norm: Annotated[

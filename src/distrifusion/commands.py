@@ -152,22 +152,22 @@ def _plan_memory(order: Order, found: checkpoint.Checkpoint, world: int, shown: 
     """
     if order.config.max_memory is None:
         return
-    lines = ["memory per rank: planned by the ranks, since only the pipeline knows the size of its latent"]
-    size = found.latent_size(order.height, order.width)
-    if size is not None:
-        from .forecast import forecast
+    from .forecast import forecast
 
-        guidance = order.arguments(found)["guidance_scale"]
-        budget = forecast(
-            found,
-            order.config,
-            Mesh.fit(order.config, world),
-            size,
-            dtype=dtype_name(order.dtype, order.device, found),
-            device=order.device,
-            is_guided=guidance is None or guidance > 1,
-        )
-        lines = budget.lines
+    guidance = order.arguments(found)["guidance_scale"]
+    size = found.latent_size(order.height, order.width)
+    budget = forecast(
+        found,
+        order.config,
+        Mesh.fit(order.config, world),
+        size,
+        dtype=dtype_name(order.dtype, order.device, found),
+        device=order.device,
+        is_guided=guidance is None or guidance > 1,
+    )
+    lines = budget.lines
+    if size is None:
+        lines.append("the rest is planned by the ranks, since only the pipeline knows the size of its latent")
     if shown:
         print("\n".join(lines), file=sys.stderr)
 

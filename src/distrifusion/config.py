@@ -97,10 +97,12 @@ class ParallelConfig:
             through the stages within a step (PipeFusion, arXiv 2405.14430). 1: one after the other, exact. None: all
             stages at the same time, each one step behind the one before. See docs/pipelined.md.
         blocks: where ``patches`` are given: ``"every"``: each rank keeps all blocks of the model. ``"freed"``: it gives
-            up the memory of other stages' until ``df.restore``, which is collective then.
+            up the memory of other stages' until ``df.restore``, which is collective then; what ``df.load`` and the
+            engine load, a rank never has. None: ``"freed"`` for these, ``"every"`` for ``df.parallelize``.
         max_memory: bytes that each rank may hold, or a size such as ``"4GiB"`` (kept as bytes): a decode then runs in
             bands of rows, and a step in pieces within its layers, as far as needed; the same result. What cannot fit is
-            refused. None: no matter how much. On one device too. See docs/memory.md.
+            refused. None: no matter how much. On one device too. Under ``pipelined`` and ``tensor``, steps are not
+            planned: a check of the weights of each rank, and of decodes. See docs/memory.md.
         stride: of ``pipelined`` without ``patch`` and ``patches``: 2 runs each stage once for two steps, for which two
             ranks have the last stage, one for each of these steps (AsyncDiff). See docs/pipelined.md.
 
@@ -125,7 +127,7 @@ class ParallelConfig:
     latents: Latents = "rows"
     pipe: int | None = None
     patches: int | None = None
-    blocks: Blocks = "every"
+    blocks: Blocks | None = None
     max_memory: int | str | None = None
     stride: int = 1
 
@@ -150,8 +152,9 @@ class ParallelConfig:
                 f"patches={self.patches} goes with strategy='pipelined' only, not with {self.strategy!r}, where patch= "
                 "is the number of ranks along the picture"
             )
-        _one_of("blocks", self.blocks, get_args(Blocks))
-        if self.blocks != "every" and self.patches is None:
+        if self.blocks is not None:
+            _one_of("blocks", self.blocks, get_args(Blocks))
+        if self.blocks == "freed" and self.patches is None:
             raise ConfigError(
                 f"blocks={self.blocks!r} goes with strategy='pipelined' and patches only: without patches, each rank "
                 "computes the first steps with all blocks"
@@ -184,11 +187,6 @@ class ParallelConfig:
                     "leave it out"
                 )
         object.__setattr__(self, "max_memory", _size("max_memory", self.max_memory))
-        if self.max_memory is not None and self.strategy not in _PATCHED:
-            raise ConfigError(
-                f"max_memory={self.max_memory} is known for patches and for one device, not for "
-                f"strategy={self.strategy!r}"
-            )
         _one_of("topology", self.topology, get_args(Topology))
         _one_of("latents", self.latents, get_args(Latents))
         if self.topology != "plane" and self.strategy in ("pipelined", "tensor"):
@@ -291,7 +289,6 @@ class ParallelConfig:
         return " ".join(facts + self.extras + shared)
 
 
-_PATCHED = ("sync", "displaced", "naive", "shifted")
 _SIZE = re.compile(r"(\d+(?:\.\d+)?)(KiB|MiB|GiB|TiB)", re.ASCII)
 _OF_SHIFTED = ("shift", "shift_seed", "overlap", "latents")
 _EXTRAS = (
@@ -320,6 +317,18 @@ def codec_choices(names: Sequence[str]) -> list[str | None]:
         ConfigError: a name that is neither.
     """
     return list(dict.fromkeys(None if name == "none" else _codec_text(name) for name in names))
+
+
+def patches_choices(names: Sequence[str]) -> list[int | None]:
+    """What the command line calls ``none`` and numbers of patches that stream, each once.
+
+    Raises:
+        ConfigError: what is neither.
+    """
+    found = [None if name == "none" else int(name) if name.isascii() and name.isdigit() else name for name in names]
+    for patches in found:
+        ParallelConfig(strategy="pipelined", patches=patches)  # type: ignore[arg-type]
+    return list(dict.fromkeys(found))  # type: ignore[arg-type]
 
 
 def _codec_text(codec: Any) -> str | None:

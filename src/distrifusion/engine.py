@@ -57,6 +57,8 @@ class Result:
 class Engine:
     """Worker processes that hold one pipeline, spread over all of them.
 
+    Under ``strategy="tensor"``, and ``"pipelined"`` with ``patches``, each reads its own weights of the denoiser only.
+
     Args:
         model: a diffusers pipeline's folder or a hub id; None: the bundled model.
         config: how a step is spread; None: ``ParallelConfig()``.

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 from .checkpoint import Checkpoint
 from .config import ParallelConfig
 from .mesh import Mesh
-from .planner.memory import LIBRARIES, Budget
+from .planner.memory import Budget
 
 if TYPE_CHECKING:
     import torch
@@ -20,7 +20,7 @@ def forecast(
     found: Checkpoint,
     config: ParallelConfig,
     mesh: Mesh,
-    size: tuple[int, int],
+    size: tuple[int, int] | None,
     *,
     dtype: str | None,
     device: str,
@@ -29,13 +29,13 @@ def forecast(
     """How one picture with ``size``, its latent's rows and columns, fits into ``config.max_memory`` on each rank.
 
     Each rank makes the same plan again with what it is called with, before the work it is about. A transformer's step
-    is planned there alone, since only its pipeline knows the arguments.
+    is planned there alone, since only its pipeline knows the arguments; where ranks share the model, none is.
 
     Args:
         found: the model.
         config: with ``max_memory``.
         mesh: of the ranks.
-        size: of the latent.
+        size: of the latent; None, where only the pipeline knows it: whether the weights fit.
         dtype: torch's name of it, for weights; None: the checkpoint's own.
         device: of the ranks.
         is_guided: both branches of guidance are in one batch.
@@ -45,20 +45,16 @@ def forecast(
     """
     import torch
 
-    from .comm.shared import is_allowed
-    from .strategies.budget import shared_bytes
+    from .loading import readings_of, weights_budget
+    from .strategies.holding import shares_model
 
-    assert isinstance(config.max_memory, int)
     numbers = getattr(torch, dtype or found.dtype or "float32")
-    is_cpu = device == "cpu"
-    budget = Budget(
-        config.max_memory,
-        found.num_weights * numbers.itemsize,
-        LIBRARIES if is_cpu else 0,
-        shared_bytes(mesh) if is_cpu and is_allowed() else 0,
-    )
+    readings = readings_of(found.path, config, mesh, numbers, {})
+    budget = weights_budget(found, config, mesh, readings, dtype=numbers, device=device)
     budget.check_weights()
-    if found.denoiser == "unet":
+    if size is None:
+        return budget
+    if found.denoiser == "unet" and not shares_model(mesh):
         _plan_step(budget, found, config, mesh, size, numbers, 2 if is_guided else 1)
     _plan_decode(budget, found, config, mesh, size, numbers)
     return budget

@@ -89,7 +89,7 @@ def load(comm: Comm, setup: Setup) -> Painter:
         PeerLost: a rank died.
     """
     loading: Future[Painter] = Future()
-    Thread(target=_load, args=(setup, loading), daemon=True).start()
+    Thread(target=_load, args=(setup, comm.rank, comm.world, loading), daemon=True).start()
     while True:
         state: Failure | bool = loading.done()
         if state and (error := loading.exception()) is not None:
@@ -124,9 +124,9 @@ def leave(comm: Comm) -> None:
     comm.close()
 
 
-def _load(setup: Setup, loading: Future[Painter]) -> None:
+def _load(setup: Setup, rank: int, world: int, loading: Future[Painter]) -> None:
     try:
-        loading.set_result(Painter(setup))
+        loading.set_result(Painter(setup, rank, world))
     except BaseException as error:
         loading.set_exception(error)
 

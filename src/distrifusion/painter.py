@@ -5,12 +5,12 @@ from __future__ import annotations
 import inspect
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from time import perf_counter
 from typing import TYPE_CHECKING, Any
 
 from .config import ParallelConfig
-from .errors import ConfigError, DistrifusionError
+from .errors import ConfigError
 from .metrics import Report
 
 if TYPE_CHECKING:
@@ -55,30 +55,27 @@ class Painted:
 class Painter:
     """A pipeline on one rank.
 
-    Constructing it loads, without a word to the other ranks; `join` spreads it over them.
+    Constructing it loads what rank ``rank`` of ``world`` needs, without a word to the other ranks; `join` spreads it
+    over them.
 
     Raises:
         DistrifusionError: the folder does not load.
     """
 
-    def __init__(self, setup: Setup) -> None:
+    def __init__(self, setup: Setup, rank: int = 0, world: int = 1) -> None:
         import diffusers
         import torch
         import transformers
+
+        from .loading import read, settled
 
         diffusers.utils.logging.set_verbosity_error()
         diffusers.utils.logging.disable_progress_bar()
         transformers.utils.logging.set_verbosity_error()
         transformers.utils.logging.disable_progress_bar()
-        self._setup = setup
-        dtype = getattr(torch, setup.dtype) if setup.dtype else None
-        try:
-            # diffusers maps safetensors and assigns the mapped tensors where the dtype is the file's own: ranks of one
-            # machine then share the pages, and nothing is copied.
-            self.pipeline = diffusers.DiffusionPipeline.from_pretrained(setup.path, dtype=dtype, **setup.load)
-        except Exception as error:  # OSError, ValueError, SafetensorError ...: whatever part of it did not load
-            reason = " ".join(str(error).split())
-            raise DistrifusionError(f"{setup.path} does not load: {type(error).__name__}: {reason}") from error
+        self._setup = setup = replace(setup, config=settled(setup.config))
+        given = {**setup.load, "dtype": getattr(torch, setup.dtype) if setup.dtype else None}
+        self.pipeline = read(setup.path, setup.config, rank, world, device=setup.device, **given)
         if setup.config.blocks != "freed":
             self._move()
         self._comm: Comm | None = None

@@ -33,6 +33,9 @@ T = TypeVar("T")
 DENOISERS = ("unet", "transformer", "transformer_2")
 """Components of a pipeline that predict the noise."""
 
+READ = "_distrifusion_read"
+"""The attribute of a denoiser that says how its weights were read: see loading.py."""
+
 _MARK = "_distrifusion"  # the attribute of a model that is parallel
 _SHARED = "_distrifusion_shared"  # and of a text encoder that one rank runs for all
 
@@ -84,7 +87,7 @@ def parallelize(target: T, config: ParallelConfig | None = None, comm: Comm | No
             nets = [] if model is target else _controlnets(target)
             is_cut = config.strategy in ("pipelined", "tensor")  # into stages or slices, not patches
             tables = [None if is_cut else controlnet_table(net, model) for net in nets]
-            notes = list(whole)
+            notes = [*whole, *filter(None, [getattr(model, READ, "")])]
             conditions: list[SharedCondition] = []
             if None in tables:  # their outputs are added up: all in patches, or all whole
                 notes += [f"{type(net).__name__} runs whole on every rank" for net in nets]
@@ -154,7 +157,7 @@ def _budget(target: Any, models: list[Any], config: ParallelConfig, comm: Comm, 
     if is_cpu:
         give_back_at_once()
     weights = weight_bytes(*(part for part in parts if isinstance(part, nn.Module)))
-    rings = shared_bytes(mesh) if comm.wire == SharedChannel.name else 0
+    rings = shared_bytes(mesh, streams=config.patches is not None) if comm.wire == SharedChannel.name else 0
     budget = Budget(config.max_memory, weights, LIBRARIES if is_cpu else 0, rings)
     budget.check_weights()
     return budget
@@ -232,6 +235,7 @@ def _take_back(model: Any) -> None:
         parallel.detach()
         for each in parallel.models:
             delattr(each, _MARK)
+            each.__dict__.pop(READ, None)  # it is whole
 
 
 def reset(target: Any) -> None:

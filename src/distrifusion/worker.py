@@ -84,7 +84,7 @@ def serve(rank: int, channel: Connection, inbox: SimpleQueue[Any]) -> None:
     comm = None
     try:
         setup: Setup = inbox.get()
-        painter = Painter(setup)
+        painter = Painter(setup, rank, int(os.environ["WORLD_SIZE"]))
         channel.send(("done", None))
         if inbox.get()[0] == "join":
             from .comm.torch_dist import TorchComm

@@ -37,6 +37,13 @@ def bench(
     ] = None,
     context_window: Annotated[float | None, typer.Option(help="See generate.")] = None,
     balance: Annotated[str | None, typer.Option(help="See generate.")] = None,
+    patches: Annotated[
+        list[str] | None,
+        typer.Option(help="Of pipelined, see generate; none is one too; may be given again. Default: none."),
+    ] = None,
+    blocks: Annotated[
+        str | None, typer.Option(help="Of pipelined with --patches: every or freed. Default: every.")
+    ] = None,
     size: Annotated[
         list[str] | None, typer.Option(help="Pixels as HEIGHTxWIDTH, or one number for both; may be given again.")
     ] = None,
@@ -65,6 +72,8 @@ def bench(
         codec or [],
         context_window,
         balance,
+        patches or [],
+        blocks,
         size or [],
         height,
         width,
@@ -91,6 +100,8 @@ class Order:
     codecs: list[str]
     context_window: float | None
     balance: str | None
+    patches: list[str]
+    blocks: str | None
     sizes: list[str]
     height: int | None
     width: int | None
@@ -109,9 +120,9 @@ class Order:
             ConfigError: a value that cannot be measured; names it and what would be right.
         """
         from ..choices import check_device
-        from ..config import ParallelConfig, codec_choices
+        from ..config import ParallelConfig, codec_choices, patches_choices
         from .plan import Plan, cases_for, num_threads, parse_sizes
-        from .workload import VAES, check_name
+        from .workload import VAES, check_name, check_streams
 
         # A VAE is exact under every strategy.
         names = self.strategies or (["sync"] if self.model in VAES else ["sync", "displaced", "naive"])
@@ -119,14 +130,29 @@ class Order:
         codecs = codec_choices(self.codecs or ["none"])
         asked = ParallelConfig(context_window=self.context_window, balance=self.balance)
         assert asked.balance is None or isinstance(asked.balance, str)
+        patches = patches_choices(self.patches or ["none"])
+        most = max((count for count in patches if count is not None), default=None)
+        if self.blocks is not None:
+            ParallelConfig(strategy="pipelined", patches=most, blocks=self.blocks)  # type: ignore[arg-type]
         check_name(self.model)
+        if most is not None:
+            check_streams(self.model, most)
         check_device(self.device)
         worlds = sorted(set(self.worlds or default_worlds))
         return Plan(
             model=self.model,
             sizes=parse_sizes(self.sizes, self.height, self.width),
             batch=self.batch,
-            cases=cases_for(strategies, worlds, num_threads(self.device), codecs, self.context_window, asked.balance),
+            cases=cases_for(
+                strategies,
+                worlds,
+                num_threads(self.device),
+                codecs,
+                self.context_window,
+                asked.balance,
+                patches,
+                self.blocks,  # type: ignore[arg-type]
+            ),
             rounds=self.rounds,
             steps=self.steps,
             dtype=self.dtype,

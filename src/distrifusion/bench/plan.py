@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from ..config import MEASURED, UNCODED, ParallelConfig, StrategyName
+from ..config import MEASURED, UNCODED, Blocks, ParallelConfig, StrategyName
 from ..errors import ConfigError
 from ..geometry import Split
 from ..mesh import Mesh
@@ -27,6 +27,8 @@ class Case:
     codec: str | None = None
     context_window: float | None = None
     balance: str | None = None
+    patches: int | None = None
+    blocks: Blocks | None = None
 
     @property
     def name(self) -> str:
@@ -36,6 +38,8 @@ class Case:
         parts = [self.strategy, "cfg 2" if self.cfg == 2 else "", self.codec or ""]
         parts += [f"window {self.context_window:g}"] if self.context_window is not None else []
         parts += [f"balance {self.balance}"] if self.balance is not None else []
+        parts += [f"{self.patches} patches"] if self.patches is not None else []
+        parts += [f"blocks {self.blocks}"] if self.blocks is not None else []
         return " ".join(filter(None, parts))
 
     @property
@@ -49,6 +53,8 @@ class Case:
             codec=self.codec,
             context_window=self.context_window,
             balance=self.balance,
+            patches=self.patches,
+            blocks=self.blocks,
         )
 
     @property
@@ -58,7 +64,10 @@ class Case:
 
     @property
     def num_untimed(self) -> int:
-        """Steps before the timed ones: the synchronous ones, and the first displaced one, which allocates."""
+        """Steps before the timed ones: the synchronous ones, and the first displaced one, which allocates.
+
+        Where patches stream, it is the one in which ranks learn their shapes.
+        """
         return self._warmup_steps + 2
 
 
@@ -122,10 +131,13 @@ def cases_for(
     codecs: Sequence[str | None] = (None,),
     context_window: float | None = None,
     balance: str | None = None,
+    patches: Sequence[int | None] = (None,),
+    blocks: Blocks | None = None,
 ) -> tuple[Case, ...]:
     """The bare model on one thread and on ``threads``, then every strategy on every world with every codec.
 
-    One rank is one case, and so are strategies that send nothing that a codec could shorten.
+    One rank is one case, and so are strategies that send nothing that a codec could shorten. ``pipelined`` runs with
+    each of ``patches``; where they stream, ``blocks`` goes with it, and ``balance`` does not.
     """
     cases = [Case(None)] + ([Case(None, threads=threads)] if threads > 1 else [])
     for world in worlds:
@@ -133,6 +145,11 @@ def cases_for(
             cases.append(Case(strategies[0]))
             continue
         for strategy in strategies:
+            if strategy == "pipelined":
+                for count in patches:
+                    extra = {"balance": balance} if count is None else {"patches": count, "blocks": blocks}
+                    cases.append(Case(strategy, world, **extra))
+                continue
             if strategy in UNCODED:
                 cases.append(Case(strategy, world, balance=balance))
                 continue

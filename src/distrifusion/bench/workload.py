@@ -156,6 +156,19 @@ def check_name(name: str) -> None:
         )
 
 
+def check_streams(name: str, patches: int) -> None:
+    """Refuse patches that would stream through what is no transformer.
+
+    Raises:
+        ConfigError: names a model that would be right.
+    """
+    if name in (*SHAPES, *VAES) or not (name in TRANSFORMERS or _has(name, "transformer")):
+        raise ConfigError(
+            f"--patches {patches} stream through transformers, and {name!r} is none: take {', '.join(TRANSFORMERS)} "
+            "or the folder of one"
+        )
+
+
 def _has(name: str, part: str) -> bool:
     return (Path(name) / part / "config.json").is_file()
 

@@ -53,6 +53,10 @@ def compare(
         list[str] | None, typer.Option(help="Of shifted, see generate; may be given again. Default: golden.")
     ] = None,
     overlap: Annotated[list[int] | None, typer.Option(help="Of shifted; may be given again. Default: 0.")] = None,
+    patches: Annotated[
+        list[str] | None,
+        typer.Option(help="Of pipelined, see generate; none is one too; may be given again. Default: none."),
+    ] = None,
     split: Annotated[str, typer.Option(help="rows or cols of the picture.")] = "rows",
     cfg: Annotated[int, typer.Option(help="2: the branches of guidance on separate ranks.")] = 1,
     height: Annotated[int | None, typer.Option(help="Pixels; without it, the model's own.")] = None,
@@ -84,7 +88,7 @@ def compare(
     """
     from ..checkpoint import find
     from ..choices import check_device, dtype_name
-    from ..config import codec_choices, shift_choice
+    from ..config import codec_choices, patches_choices, shift_choice
     from .output import Output
     from .plan import Plan, cases_for, default_guidance, read_prompts
     from .summary import table
@@ -107,6 +111,7 @@ def compare(
             context_window or [None],
             [shift_choice(text) for text in shift or []] or [None],
             overlap or [None],
+            patches_choices(patches or ["none"]),
         )
         texts = read_prompts(prompts, prompt, model is None, limit)
         if jobs is not None and jobs < 1:

@@ -26,7 +26,7 @@ class Case:
     """One way to paint all prompts. ``strategy`` None is one device, which the others are measured against.
 
     ``warmup_steps`` and ``group_norm`` are None where the strategy has no such setting; ``codec``, ``context_window``,
-    ``shift`` and ``overlap`` also where they were not asked for.
+    ``shift``, ``overlap`` and ``patches`` also where they were not asked for.
     """
 
     strategy: StrategyName | None
@@ -40,6 +40,7 @@ class Case:
     context_window: float | None = None
     shift: str | int | None = None
     overlap: int | None = None
+    patches: int | None = None
 
     @property
     def name(self) -> str:
@@ -53,6 +54,7 @@ class Case:
         parts += [f"window-{self.context_window:g}"] if self.context_window is not None else []
         parts += [f"shift-{self.shift}"] if self.shift is not None else []
         parts += [f"overlap-{self.overlap}"] if self.overlap is not None else []
+        parts += [f"patches-{self.patches}"] if self.patches is not None else []
         parts += ["cols"] if self.split == "cols" else []
         return "-".join(parts + (["cfg-2"] if self.cfg == 2 else []))
 
@@ -68,6 +70,7 @@ class Case:
         parts += [f"window {self.context_window:g}"] if self.context_window is not None else []
         parts += [f"shift {self.shift}"] if self.shift is not None else []
         parts += [f"overlap {self.overlap}"] if self.overlap is not None else []
+        parts += [f"{self.patches} patches"] if self.patches is not None else []
         parts += ["cols"] if self.split == "cols" else []
         return ", ".join(parts + (["cfg 2"] if self.cfg == 2 else []))
 
@@ -79,7 +82,7 @@ class Case:
             ConfigError: a value that cannot be.
         """
         assert self.strategy is not None, "one device spreads nothing"
-        names = ("warmup_steps", "group_norm", "codec", "context_window", "shift", "overlap")
+        names = ("warmup_steps", "group_norm", "codec", "context_window", "shift", "overlap", "patches")
         given = {name: getattr(self, name) for name in names}
         chosen: dict[str, Any] = {name: value for name, value in given.items() if value is not None}
         if self.strategy == "shifted":
@@ -98,7 +101,8 @@ class Case:
         codec = sorted(map(CODECS.index, self.config.codecs.values())) if self.strategy is not None else []
         window = 2.0 if self.context_window is None else self.context_window
         first = (self.steps, place, self.world, self.warmup_steps or 0, self.group_norm or "")
-        return *first, codec, self.codec or "", -window, str(self.shift or ""), self.overlap or 0, self.split, self.cfg
+        moved = str(self.shift or ""), self.overlap or 0, self.patches or 0
+        return *first, codec, self.codec or "", -window, *moved, self.split, self.cfg
 
 
 def cases_for(
@@ -113,6 +117,7 @@ def cases_for(
     context_windows: Iterable[float | None] = (None,),
     shifts: Iterable[str | int | None] = (None,),
     overlaps: Iterable[int | None] = (None,),
+    patches: Iterable[int | None] = (None,),
 ) -> tuple[Case, ...]:
     """The product of all settings, each case once; what a strategy has no setting for does not multiply its cases.
 
@@ -120,8 +125,8 @@ def cases_for(
         ConfigError: a value that is not one of those that are.
     """
     found: dict[Case, None] = {}
-    settings = product(steps, strategies, worlds, warmup_steps, group_norms, codecs, context_windows, shifts, overlaps)
-    for count, strategy, world, warmup, norm, codec, window, shift, overlap in settings:
+    choices = steps, strategies, worlds, warmup_steps, group_norms, codecs, context_windows, shifts, overlaps, patches
+    for count, strategy, world, warmup, norm, codec, window, shift, overlap, streamed in product(*choices):
         for name, value in (("steps", count), ("world", world)):
             if value < 1:
                 raise ConfigError(f"{name}={value} must be a whole number of at least 1")
@@ -134,6 +139,7 @@ def cases_for(
         extra |= {"group_norm": norm} if strategy == "displaced" else {}
         extra |= {"codec": codec, "context_window": window} if strategy not in UNCODED else {}
         extra |= moved if strategy == "shifted" else {}
+        extra |= {"patches": streamed} if strategy == "pipelined" else {}
         found[Case(strategy, count, world, split=split, cfg=cfg, **extra)] = None  # type: ignore[arg-type]
     return tuple(sorted(found, key=lambda case: case.order))
 

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from ..errors import UnsupportedModel
 from ..exchange import Summed
 from ..geometry import Span
+from ..weights import Part, part_of, set_part
 from .base import FrameHolder, Layer
 
 Features = tuple[Span, ...]
@@ -28,7 +29,7 @@ class Sliced(Layer):
 
     The parameters stay the objects they are, with other ``data``. What they had is kept, in the host's memory where
     they are on an accelerator, and given back by ``detach``, bit for bit. Not freed altogether: a rank must be able to
-    give back the model when its peers are gone.
+    give back the model when its peers are gone. Of parameters that were read in slices, the whole is in the file.
 
     Args:
         slices: of each parameter that is cut, the features, and the dim that they are of.
@@ -47,10 +48,10 @@ class Sliced(Layer):
         arguments: Mapping[str, Features] | None = None,
     ) -> None:
         super().__init__(module, key, holder)
-        self._slices = dict(slices or {})
+        self.slices = dict(slices or {})
         self._numbers = dict(numbers or {})
         self._arguments = dict(arguments or {})
-        self._whole: dict[str, Tensor] = {}
+        self._whole: dict[str, Tensor | Part] = {}
         self._before: dict[str, Any] = {}  # numbers of the whole
 
     @property
@@ -70,7 +71,7 @@ class Sliced(Layer):
         Raises:
             UnsupportedModel: also weights of a class of their own (quantised), of which no slice is known.
         """
-        for name in self._slices:
+        for name in self.slices:
             data = getattr(self.module, name).data
             if type(data) is not Tensor:
                 raise UnsupportedModel(
@@ -78,8 +79,13 @@ class Sliced(Layer):
                     "slice is known; strategy='tensor' takes plain weights"
                 )
         super().attach()
-        for name, (features, dim) in self._slices.items():
+        for name, (features, dim) in self.slices.items():
             parameter = getattr(self.module, name)
+            part = part_of(parameter)
+            if part is not None:
+                assert (part.spans, part.dim) == (features, dim), "the slices that it was read for"
+                self._whole[name] = part
+                continue
             whole = parameter.data
             parameter.data = own_features(whole, features, dim)
             self._whole[name] = whole if whole.device.type in ("cpu", "meta") else whole.to("cpu")
@@ -91,6 +97,9 @@ class Sliced(Layer):
         """See Layer."""
         for name, whole in self._whole.items():
             parameter = getattr(self.module, name)
+            if isinstance(whole, Part):
+                whole = whole.whole(parameter.dtype)
+                set_part(parameter, None)
             parameter.data = whole.to(parameter.device, parameter.dtype)  # the model may have been moved, or cast
         for name, number in self._before.items():
             setattr(self.module, name, number)

@@ -1,11 +1,12 @@
 """What a configuration will cost, from integers alone. No torch: a plan can be made where no model is loaded."""
 
-from .traffic import Anatomy, Context, Conv, Joint, Norm, Seam, Sums, Total, Traffic, Upsampling, traffic
+from .traffic import Anatomy, Context, Conv, Crossing, Joint, Norm, Seam, Sums, Total, Traffic, Upsampling, traffic
 
 __all__ = [
     "Anatomy",
     "Context",
     "Conv",
+    "Crossing",
     "Joint",
     "Norm",
     "Seam",

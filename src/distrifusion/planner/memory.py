@@ -41,6 +41,7 @@ class Budget:
         rings: bytes of the shared memory through which the rank talks with the others, where it does.
         kept: bytes that stay from step to step: late messages.
         fits: by part, what was found to fit.
+        share: where ranks have different weights, whose they are.
     """
 
     limit: int
@@ -49,6 +50,7 @@ class Budget:
     rings: int = 0
     kept: int = 0
     fits: dict[str, Fit] = field(default_factory=dict)
+    share: str = ""
 
     @property
     def room(self) -> int:
@@ -111,7 +113,8 @@ class Budget:
             "shared memory": self.rings,
             "late messages": self.kept,
         }
-        return " + ".join(f"{name} {human_bytes(size)}" for name, size in parts.items() if size)
+        shares = {"weights": self.share}
+        return " + ".join(f"{name} {human_bytes(size)}{shares.get(name, '')}" for name, size in parts.items() if size)
 
 
 def fewest(peak: Callable[[int], int], room: int, most: int, least: int = 2) -> tuple[int, int]:

@@ -87,7 +87,20 @@ class Joint:
     numbers: int
 
 
-Seam = Conv | Upsampling | Norm | Context | Sums | Total | Joint
+@dataclass(frozen=True)
+class Crossing:
+    """Under ``pipelined`` with patches: a tensor that goes from stage ``link`` to the next one in every pass.
+
+    ``patches``: its numbers for each picture, by patch; ``whole``: the same where the picture goes in one.
+    """
+
+    link: int
+    patches: tuple[int, ...]
+    whole: int
+    item: int = 4
+
+
+Seam = Conv | Upsampling | Norm | Context | Sums | Total | Joint | Crossing
 
 
 @dataclass(frozen=True)
@@ -95,7 +108,7 @@ class Anatomy:
     """Where the tokens of one call of a model look beyond their patch: its seams in the order of the call.
 
     Of one size or of all, whatever is the split: sizes are those of the `Levels`. `strategies.anatomy` learns it from a
-    model. For ``tensor`` there is another one, of the size that it was learned with.
+    model. For ``tensor``, and ``pipelined`` with patches, there are others, of the size that they were learned with.
 
     Args:
         seams: as they are passed.
@@ -130,17 +143,20 @@ def traffic(
     Args:
         anatomy: of the model.
         levels: the split over the patches. Their number times ``config.cfg`` is the world. Under ``tensor`` their
-            number is that of the ranks that share the weights.
+            number is that of the ranks that share the weights, under ``pipelined`` that of the patches that stream.
         config: ``warmup_steps`` says which steps are displaced; all that are send alike, the first one included. Of
-            ``shifted``, what it sends with ``latents="whole"``; rows that move are fewer.
+            ``shifted``, what it sends with ``latents="whole"``; rows that move are fewer. ``pipelined`` is with
+            ``patches``, and with ``pipe``; of a denoiser by itself, whose caller gets whole predictions.
         rank: in the world.
         batch: of one call, both branches of guidance included. Where ``cfg=2`` halves it, it is even; a batch of one
             with ``cfg=2`` is computed by both halves, as long as one call per step is made.
         step: of the picture.
 
     Raises:
-        ConfigError: a split by frames, which is not known here.
+        ConfigError: a split by frames, or stages without patches, which are not known here.
     """
+    if config.strategy == "pipelined":
+        return _streamed(anatomy, levels, config, rank, batch, step)
     if config.split == "frames":
         raise ConfigError("split='frames' is not counted here: use 'rows' or 'cols'")
     num_patches = levels.splits[0].num_patches
@@ -193,7 +209,7 @@ class _Rank:
         return [self._at(seam) for seam in self._anatomy.seams]
 
     def _at(self, seam: Seam) -> _Said:
-        assert not isinstance(seam, Total | Joint), "an anatomy for strategy='tensor'"
+        assert not isinstance(seam, Total | Joint | Crossing), "an anatomy of slices, or of stages"
         batch, item, codecs = self._batch, self._anatomy.item, self._config.codecs
         if isinstance(seam, Norm):
             return _Said("moments", {None: (1 + 2 * batch * seam.groups,)}, 4, None)
@@ -242,6 +258,26 @@ class _Rank:
         window = seam.windows[self._config.split == "cols"]
         taps = [row * window.stride - window.padding[0] + window.dilation * tap for tap in range(window.kernel)]
         return taps[0], taps[-1]
+
+
+def _streamed(anatomy: Anatomy, levels: Levels, config: ParallelConfig, rank: int, batch: int, step: int) -> Traffic:
+    """Of patches: what crosses the link to the next stage, once for each. And the prediction, whole, as all are told.
+
+    In the first step, and in the first one in patches, all ranks are told what all blocks make: not the picture's.
+    """
+    if config.patches is None or config.pipe is None:
+        raise ConfigError("strategy='pipelined' is counted here with patches= and pipe= only")
+    said, share = Traffic(), batch // config.cfg if batch >= config.cfg else batch
+    stage, crossings = rank % config.pipe, [seam for seam in anatomy.seams if isinstance(seam, Crossing)]
+    passes = [] if step in (0, config.warmup_steps + 1) else list(range(config.patches))
+    for patch in [None] if passes and step <= config.warmup_steps else passes:
+        numbers = [(each.whole if patch is None else each.patches[patch], each) for each in crossings]
+        sizes = [_whole(share * count * each.item) for count, each in numbers if each.link == stage]
+        said.add("boundary", sum(sizes))
+    cells = levels.splits[0].size * levels.across[0] * anatomy.channels
+    groups = config.cfg if share < batch else 1
+    said.add("output", (cells * share + min(PROBES, batch * cells)) * anatomy.item * (groups * config.pipe - 1))
+    return said
 
 
 def _summed(said: Traffic, anatomy: Anatomy, batch: int, rank: int, num_ranks: int) -> None:

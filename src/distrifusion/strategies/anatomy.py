@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import ExitStack
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
 
 from ..comm import Pending
 from ..comm.base import Done
+from ..config import ParallelConfig
+from ..dataflow import Dataflow
 from ..geometry import Halo
 from ..layers import (
     Frame,
@@ -25,9 +28,11 @@ from ..layers import (
     SummedSlice,
 )
 from ..layers.tokens import TOKENS
-from ..models import sliced_layers, table_for
+from ..models import sliced_layers, stream_layers, table_for
 from ..moments import combine
-from ..planner import Anatomy, Context, Conv, Joint, Norm, Seam, Sums, Total, Upsampling
+from ..planner import Anatomy, Context, Conv, Crossing, Joint, Norm, Seam, Sums, Total, Upsampling
+from .budget import Pretended
+from .streamed import stages_of
 
 
 def anatomy_of(model: nn.Module, *args: Any, **kwargs: Any) -> Anatomy:
@@ -94,6 +99,88 @@ def anatomy_of_slices(model: nn.Module, *args: Any, **kwargs: Any) -> Anatomy:
     frame = Frame(0, 2, levels, _Noting([], batch), table.third(call, 2), table.num_guests(call))
     prediction = table.fold(result[0], call, frame)
     return Anatomy(tuple(seams), prediction.shape[1], prediction.element_size())
+
+
+def anatomy_of_stages(model: nn.Module, config: ParallelConfig, *args: Any, **kwargs: Any) -> Anatomy:
+    """The same for ``strategy="pipelined"`` with ``patches`` and ``pipe``: what goes from stage to stage.
+
+    Of the size of the call. Its blocks run as a whole once, and once for each patch.
+
+    Raises:
+        UnsupportedModel: as `parallelize`.
+        ConfigError: fewer blocks than stages.
+    """
+    assert config.patches is not None
+    assert config.pipe is not None
+    table, holder = table_for(model), FrameHolder()
+    call, dim = table.bind(args, kwargs), {"rows": 2, "cols": 3, "frames": 1}[config.split]
+    batch, size, frames = call.sample.shape[0], table.size(call), table.third(call, 2)
+    units, owners = stages_of(list(stream_layers(model, config.pipe, holder)), config.pipe)
+    stages = dict(zip(units, owners, strict=True))
+    whole = _Blocks(stages)
+    with torch.no_grad(), whole.watched(), Dataflow() as flow:
+        whole.flow = flow
+        result = type(model).forward(model, **call.arguments)
+        last_readers = whole.last_readers(flow.sources(result), config.pipe - 1)
+    passes: list[_Blocks] = []
+    levels = table.levels(*size, (1.0,) * config.patches, dim, frames)
+    third, num_guests = table.third(call, dim), table.num_guests(call)
+    with ExitStack() as attached, torch.no_grad():
+        for layer in list(table.layers(holder)):
+            layer.attach()
+            attached.callback(layer.detach)
+        for patch in range(config.patches):
+            holder.frame = Frame(patch, dim, levels, Pretended(), third, num_guests)
+            passes.append(_Blocks(stages))
+            with passes[-1].watched():
+                type(model).forward(model, **table.localise(call, holder.frame, fed=False).arguments)
+    seams = [
+        Crossing(link, tuple(each.made[name][1] // batch for each in passes), count // batch, item)
+        for link in range(config.pipe - 1)
+        for name, (stage, count, item) in whole.made.items()
+        if stage <= link < last_readers.get(name, 0)
+    ]
+    alone = Frame(0, 2, table.levels(*size, (1.0,), 2, frames), _Noting([], batch), frames, num_guests)
+    prediction = table.fold(result[0], call, alone)
+    return Anatomy(tuple(seams), prediction.shape[1], prediction.element_size())
+
+
+class _Blocks:
+    """Notes what the blocks of stages make in one pass: by name the stage, how many numbers, bytes of one."""
+
+    def __init__(self, stages: Mapping[nn.Module, int]) -> None:
+        self._stages = stages
+        self.made: dict[str, tuple[int, int, int]] = {}
+        self.flow: Dataflow | None = None
+        self._reads: list[tuple[int, frozenset[str]]] = []
+
+    @contextmanager
+    def watched(self) -> Iterator[None]:
+        """While the model runs."""
+        with ExitStack() as hooked:
+            for unit in self._stages:
+                hooked.callback(unit.register_forward_pre_hook(self._read, with_kwargs=True).remove)
+                hooked.callback(unit.register_forward_hook(self._note).remove)
+            yield
+
+    def last_readers(self, output: frozenset[str], last: int) -> dict[str, int]:
+        """The last stage that reads a tensor, by its name; ``output`` is read by the ``last`` one."""
+        found: dict[str, int] = {}
+        for stage, names in [*self._reads, (last, output)]:
+            found |= {name: max(stage, found.get(name, 0)) for name in names}
+        return found
+
+    def _read(self, unit: nn.Module, args: Any, kwargs: Any) -> None:
+        if self.flow is not None:
+            self._reads.append((self._stages[unit], self.flow.sources(args, kwargs)))
+
+    def _note(self, unit: nn.Module, _: Any, output: Any) -> None:
+        for value in tree_leaves(output):
+            if isinstance(value, Tensor):
+                name = str(len(self.made))
+                self.made[name] = self._stages[unit], value.numel(), value.element_size()
+                if self.flow is not None:
+                    self.flow.mark(value, name)
 
 
 class _Noting:

@@ -28,12 +28,15 @@ if TYPE_CHECKING:
 CHUNKS = (64 << 20, 16 << 20, 4 << 20)  # bytes that a layer of a denoiser works on at a time, for the least work first
 
 
-def shared_bytes(mesh: Mesh) -> int:
+def shared_bytes(mesh: Mesh, *, streams: bool = False) -> int:
     """Of the shared memory through which a rank of ``mesh`` talks with the others of its machine, both ways.
 
-    With a split of guidance there are rings within the groups too.
+    With a split of guidance there are rings within the groups too; where patches stream, between neighbours and on the
+    way back.
     """
-    worlds = [mesh.world, *([mesh.size("cfg"), mesh.size("patch")] if mesh.size("cfg") > 1 else [])]
+    num_branches = mesh.size("cfg")
+    worlds = [mesh.world, *([num_branches, mesh.world // num_branches] if num_branches > 1 else [])]
+    worlds += [*[2] * min(mesh.size("pipe") - 1, 2), mesh.world] if streams else []
     return sum(2 * (world - 1) * ring_bytes(world) for world in worlds if world > 1)
 
 

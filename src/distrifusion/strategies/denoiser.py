@@ -26,6 +26,7 @@ from .cost import Cost, Counting
 from .cutting import Cutting, check_model
 from .delivery import Delivery
 from .guidance import Guidance
+from .holding import shares_model
 from .pairs import Pairs, Ran
 from .pictures import Pictures
 from .taken import TakenForward
@@ -99,8 +100,8 @@ class ParallelDenoiser:
         self._is_running = False
         self._layers = Attached()
         self._attach_layers()
-        self.report = self._new_report()
         self._way.attached()
+        self.report = self._new_report()
         self._taken.take(self._forward)
         self._is_detached = False
         for condition in self._conditions:
@@ -264,4 +265,6 @@ class ParallelDenoiser:
             for extra in self._config.extras
         ]
         notes += [*self._notes, *([self._compiling.note] if self._compiling.note else []), *self._way.notes()]
+        if self.budget is not None and shares_model(self._mesh):
+            notes.append(f"max_memory plans no steps of strategy={self._config.strategy!r}")
         return Report(self._config.strategy, str(self._mesh), self._config.split, notes=notes)

@@ -13,6 +13,7 @@ from ..layers import FrameHolder, Layer, StageUnit
 from ..models import stream_layers
 from ..stages import chain
 from ..stream import Course, Links
+from ..weights import part_of, whole_bytes
 from .base import Joined, State
 from .freed import Freed
 
@@ -57,15 +58,15 @@ class Streamed(Joined):
         comm = self._links.comm
         layers = list(stream_layers(model, comm.world, holder))
         if not self.owners:
-            self._units = [layer.module for layer in layers if isinstance(layer, StageUnit)]
-            costs = [sum(p.numel() * p.element_size() for p in unit.parameters()) for unit in self._units]
-            self.owners = chain(tuple(costs), comm.world)
+            self._units, self.owners = stages_of(layers, comm.world)
         return layers
 
     def free(self) -> None:
         """Give up the weights of the blocks of other stages, where the configuration says so, until `give_back`."""
         if self._config.blocks == "freed":
             for unit, owner in zip(self._units, self.owners, strict=True):
+                is_mine = owner == self._links.comm.rank
+                assert not (is_mine and any(map(part_of, unit.parameters()))), "the stages that it was read for"
                 self._freed.append(Freed(unit.parameters(), self._links.comm, owner))
 
     def give_back(self) -> None:
@@ -73,3 +74,9 @@ class Streamed(Joined):
         for freed in self._freed:
             freed.give_back()
         self._freed.clear()
+
+
+def stages_of(layers: Sequence[Layer], num_stages: int) -> tuple[list[nn.Module], tuple[int, ...]]:
+    """The blocks among ``layers``, and the stage of each: by the bytes of their weights, which need not be here."""
+    units = [layer.module for layer in layers if isinstance(layer, StageUnit)]
+    return units, chain(tuple(whole_bytes(unit.parameters()) for unit in units), num_stages)

@@ -8,9 +8,10 @@ from typing import Any, Protocol
 
 from ...comm import Comm
 from ...config import ParallelConfig
+from ...footprint import weight_bytes
 from ...layers import FrameHolder, Layer
 from ...mesh import Mesh
-from ...metrics import Report
+from ...metrics import Report, human_bytes
 from ...models import Call, Table
 from ..balance import Balance
 from ..base import State
@@ -41,6 +42,10 @@ class Setting:
     def is_spread(self) -> bool:
         """Whether ranks share the work of one branch of guidance."""
         return self.mesh.world > self.mesh.size("cfg")
+
+    def weights_note(self, num_bytes: int) -> str:
+        """How much of ``num_bytes`` of weights this rank holds."""
+        return f"{human_bytes(weight_bytes(self.table.model))} of {human_bytes(num_bytes)} of weights on this rank"
 
     def own_batch(self, call: Call) -> Call:
         """The call for the part of the batch that is this rank's."""

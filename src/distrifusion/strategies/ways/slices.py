@@ -8,11 +8,11 @@ from torch import Tensor
 
 from ...errors import ConfigError
 from ...exchange import Exchange
-from ...footprint import weight_bytes
 from ...geometry import Split
 from ...layers import Layer
-from ...metrics import Report, human_bytes
+from ...metrics import Report
 from ...models import Call, fused, sliced_layers
+from ...weights import part_of, whole_bytes
 from ..base import State, Strategy
 from ..pairs import Ran
 from .base import Setting
@@ -25,7 +25,8 @@ class InSlices(InPatches):
     def __init__(self, setting: Setting, strategy: Strategy) -> None:
         super().__init__(setting, strategy)
         model = setting.table.model
-        self._fused, self._num_bytes = fused(model), weight_bytes(model)  # before there are slices
+        self._fused = fused(model)  # before there are slices
+        self._num_bytes = whole_bytes([*model.parameters(), *model.buffers()])
 
     def layers(self) -> Iterable[Layer]:
         """See Way."""
@@ -42,8 +43,7 @@ class InSlices(InPatches):
 
     def notes(self) -> list[str]:
         """See Way."""
-        held, whole = human_bytes(weight_bytes(self.setting.table.model)), human_bytes(self._num_bytes)
-        return [f"{held} of {whole} of weights on this rank"]
+        return [self.setting.weights_note(self._num_bytes)]
 
     def check(self) -> None:
         """See Way."""
@@ -53,3 +53,5 @@ class InSlices(InPatches):
                 f"a LoRA of {type(model).__name__} was fused, or unfused, after df.parallelize, in slices of the "
                 "weights only; take that back before df.restore"
             )
+        for files in {part.files for part in map(part_of, model.parameters()) if part is not None}:
+            files.check()

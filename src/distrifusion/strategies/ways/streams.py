@@ -7,6 +7,7 @@ from collections.abc import Iterable, Sequence
 from ...layers import Layer
 from ...metrics import Report
 from ...models import Call
+from ...weights import whole_bytes
 from ..base import State
 from ..cutting import Cutting
 from ..pairs import Ran
@@ -25,6 +26,8 @@ class InStreams:
         num_patches = setting.config.patches
         assert num_patches is not None
         self.setting, self._streamed = setting, streamed
+        model = setting.table.model
+        self._num_bytes = whole_bytes([*model.parameters(), *model.buffers()])
         self._streaming = Streaming(
             streamed, setting.table, num_patches, setting.holder, setting.cutting.dim, setting.guidance
         )
@@ -61,7 +64,8 @@ class InStreams:
 
     def notes(self) -> list[str]:
         """See Way."""
-        return uncompiled(self.setting.table.model)
+        held = [self.setting.weights_note(self._num_bytes)] if self.setting.config.blocks == "freed" else []
+        return [*held, *uncompiled(self.setting.table.model)]
 
     def check(self) -> None:
         """See Way."""
