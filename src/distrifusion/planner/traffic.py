@@ -59,6 +59,7 @@ class Context:
     before: tuple[int, ...] = ()
     after: tuple[int, ...] = ()
     frames: int = 1  # of a video
+    others: tuple[int, ...] = ()  # tokens of text and of guests, which the ranks share out
 
 
 @dataclass(frozen=True)
@@ -202,6 +203,7 @@ class _Rank:
         across = self._levels.across[seam.level]
         if isinstance(seam, Context) and self._config.context_window is None:
             tokens = seam.frames * self._levels.splits[seam.level].sizes[self.patch] * across
+            tokens += sum(self._share(count) for count in seam.others)
             shape = (batch, *seam.before, tokens, *seam.after, seam.width)
             return _Said("context", {None: shape}, item, codecs.get("context"))
         shapes: dict[int | None, tuple[int, ...]] = {}
@@ -214,6 +216,13 @@ class _Rank:
                 )
         kind = "context" if isinstance(seam, Context) else "halo"
         return _Said(kind, shapes, item, codecs.get(kind))
+
+    def _share(self, count: int) -> int:
+        """Tokens of ``count`` that this rank computes for all, in proportion to its rows; none where all compute all."""
+        split = self._levels.splits[-1]
+        ends = [count * bound // split.size for bound in split.bounds]
+        shares = [end - start for start, end in zip(ends, ends[1:], strict=False)]
+        return shares[self.patch] if min(shares) else 0
 
     def _rows_for(self, seam: Conv | Upsampling | Context, peer: int) -> int:
         """How many of the own rows ``peer`` reads."""
