@@ -11,6 +11,10 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import distrifusion as df
 import transformers_joint
+from distrifusion.exchange import Fresh
+from distrifusion.geometry import Levels, Split
+from distrifusion.layers import Frame
+from distrifusion.layers.masks import widened
 from models import distance
 from transformers_joint import JOINT
 from transformers_tiny import build
@@ -71,7 +75,7 @@ def test_the_work_of_a_rank_falls_with_the_world_however_long_the_text(
 
     whole = work(build(JOINT[name]))
     for part in df.run_ranks(2, lambda comm: work(df.parallelize(build(JOINT[name]), SYNC, comm))):
-        assert part < 0.56 * whole  # rows are 4 and 3 of 7; what is done for a picture and not for a token, on all ranks
+        assert part < 0.6 * whole  # 4 of 7 rows are 0.57; what is done for a picture and not for a token, on all ranks
 
 
 @pytest.mark.parametrize(
@@ -102,16 +106,9 @@ def test_who_computes_which_words(
 
 
 def test_a_mask_of_all_queries_that_was_not_made_for_the_patch_is_refused() -> None:
-    arguments = JOINT["qwen"].arguments(1, ROWS, COLS)
-
-    def rank(comm: Any) -> None:
-        model = df.parallelize(build(JOINT["qwen"]), SYNC, comm)
-        seam = model.transformer_blocks[0].attn.forward.__self__
-        frames: list[Any] = []
-        model.transformer_blocks[0].register_forward_hook(lambda *_: frames.append(seam.frame))
-        model(**arguments)
-        mask = torch.ones(1, 1, 60, 60, dtype=torch.bool)
-        with pytest.raises(df.UnsupportedModel, match=r"\(1, 1, 60, 60\) goes across patches; only one of 5 tokens"):
-            seam.mask(frames[0], mask, 22, 40)
-
-    df.run_ranks(2, rank)
+    """Of 4 of 7 rows of 5, and 3 of 5 words."""
+    split = Split((0, 4, 7))
+    frame = Frame(0, 2, Levels((split, split), (5, 5)), Fresh(None), words=Split((0, 3, 5)))  # type: ignore[arg-type]
+    assert widened(torch.ones(1, 1, 1, 25), frame, "last", 23, 40, "attn").shape == (1, 1, 1, 40)
+    with pytest.raises(df.UnsupportedModel, match=r"attn: .*\(1, 1, 60, 60\) goes across patches; only one of 5 tok"):
+        widened(torch.ones(1, 1, 60, 60), frame, "last", 23, 40, "attn")

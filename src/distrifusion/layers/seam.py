@@ -11,7 +11,6 @@ import functools
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from itertools import chain
 from typing import Any
 
 import torch
@@ -20,8 +19,8 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from ..errors import UnsupportedModel
-from ..geometry import Split
 from .base import Frame, FrameHolder, Layer
+from .masks import widened
 from .merge import attend_own_first, can_merge
 from .tokens import PLACES as _PLACES
 from .tokens import TOKENS, Place, Tokens
@@ -74,12 +73,12 @@ class PatchSeam(Layer):
 
         What the ranks share out of the rest comes with each rank's image tokens. ``has_words``: the text is in it.
         """
-        sizes = frame.num_keys(TOKENS, has_words=has_words)
+        sizes, tokens = frame.num_keys(TOKENS, has_words=has_words), Tokens(dim, place)
         if torch.compiler.is_compiling():
             num_keys = k.shape[dim] - sizes[frame.patch] + sum(sizes) if frame.sees_peers else k.shape[dim]
             k, v = self.ask([k, v], [num_keys, num_keys], dim, 2 * _PLACES.index(place) + has_words)
             return k, v
-        (own_k, all_k), (own_v, all_v) = (_exchanged(frame, x, dim, place, sizes[frame.patch]) for x in (k, v))
+        (own_k, all_k), (own_v, all_v) = (tokens.exchanged(x, sizes[frame.patch], frame) for x in (k, v))
         parts = frame.exchange.gather(self.key, (own_k, own_v), sizes, dim).wait()
         return all_k([part[0] for part in parts]), all_v([part[1] for part in parts])
 
@@ -87,50 +86,6 @@ class PatchSeam(Layer):
         """See Layer."""
         k, v = tensors
         return self.gather(self.frame, k, v, dim, _PLACES[question // 2], has_words=bool(question % 2))
-
-    def mask(self, frame: Frame, mask: Tensor, num_own: int, num_keys: int) -> Tensor:
-        """An attention mask ``[..., keys]`` for ``num_own`` image tokens and text -> for all ``num_keys``.
-
-        Image tokens are never masked by themselves, so those of the peers get the value of the first own one, for each
-        query where there is a row for each. A mask for all queries that was made for the whole picture stays.
-
-        Raises:
-            UnsupportedModel: a mask with a row for each query of the whole picture.
-        """
-        is_for_all = mask.ndim < 3 or mask.shape[-2] == 1
-        if frame.words is not None:
-            return self._mask_of_shares(frame, frame.words, mask, num_own, is_for_all=is_for_all)
-        if mask.shape[-1] == num_keys and (is_for_all or num_keys == num_own):
-            return mask
-        if mask.shape[-1] != num_own or not (is_for_all or mask.shape[-2] == num_own):
-            raise UnsupportedModel(
-                f"{self.key}: an attention mask of shape {tuple(mask.shape)} goes across patches; only one that hides "
-                "text tokens, such as [batch, 1, 1, keys], is known"
-            )
-        sizes = frame.num_keys(TOKENS, has_words=False)
-        image, joined = _exchanged(frame, mask, mask.ndim - 1, self._where, sizes[frame.patch])
-        return joined([image[..., :1].expand(*image.shape[:-1], sum(sizes))])
-
-    def _mask_of_shares(self, frame: Frame, words: Split, mask: Tensor, num_own: int, *, is_for_all: bool) -> Tensor:
-        """The same where the ranks share out the text, whose mask is made for all of it: keys in order of rank.
-
-        Its rows are of all words too, where there is one for each query.
-        """
-        own = words.span(frame.patch)
-        num_made = num_own - len(own) + words.size
-        if mask.shape[-1] != num_made or not (is_for_all or mask.shape[-2] == num_made):
-            raise UnsupportedModel(
-                f"{self.key}: an attention mask of shape {tuple(mask.shape)} goes across patches; only one of "
-                f"{words.size} tokens of text and {num_made - words.size} of the patch is known"
-            )
-        if not is_for_all:
-            mine, image = torch.split(mask, [words.size, num_made - words.size], -2)
-            mask = torch.cat([mine.narrow(-2, own.start, len(own)), image], -2)
-        text, image = torch.split(mask, [words.size, num_made - words.size], -1)
-        shares = zip(torch.split(text, list(words.sizes), -1), frame.num_keys(TOKENS, has_words=False), strict=True)
-        alike = [(each, image[..., :1].expand(*image.shape[:-1], size)) for each, size in shares]
-        guests = image[..., :1].expand(*image.shape[:-1], frame.num_common_guests)
-        return torch.cat([*chain.from_iterable(alike), guests], -1)
 
     def attend(
         self,
@@ -159,7 +114,9 @@ class PatchSeam(Layer):
             k, v = (x.transpose(1, 2) for x in self.gather(frame, *own, 2, place, has_words=has_words))
         else:
             k, v = self.gather(frame, key, value, dim, place, has_words=has_words)
-        mask = None if attn_mask is None else self.mask(frame, attn_mask, key.shape[dim], k.shape[dim])
+        mask = attn_mask
+        if mask is not None:
+            mask = widened(mask, frame, self._where, key.shape[dim], k.shape[dim], self.key)
         return attention(query, k, v, mask, *args, **kwargs)
 
     def _attend_own_first(
@@ -174,8 +131,8 @@ class PatchSeam(Layer):
         **_: Any,
     ) -> Tensor:
         """To own image tokens and the rest, while the peers' image tokens travel."""
-        sizes = frame.num_keys(TOKENS, has_words=has_words)
-        own = [_exchanged(frame, x, 2, place, sizes[frame.patch])[0] for x in (key, value)]
+        sizes, tokens = frame.num_keys(TOKENS, has_words=has_words), Tokens(2, place)
+        own = [tokens.exchanged(x, sizes[frame.patch], frame)[0] for x in (key, value)]
         pending = frame.exchange.gather(self.key, own, sizes, 2)
 
         def others() -> tuple[Tensor, Tensor]:
@@ -183,15 +140,6 @@ class PatchSeam(Layer):
             return torch.cat([part[0] for part in parts], 2), torch.cat([part[1] for part in parts], 2)
 
         return attend_own_first(query, key, value, others, scale)
-
-
-def _exchanged(
-    frame: Frame, x: Tensor, dim: int, place: Place, num_own: int
-) -> tuple[Tensor, Callable[[list[Tensor]], Tensor]]:
-    """What of ``x`` the peers need, ``num_own`` tokens along ``dim``, and what puts others in their stead."""
-    if num_own == x.shape[dim]:  # nothing that all ranks have
-        return x, lambda parts: parts[0] if len(parts) == 1 else torch.cat(parts, dim)
-    return Tokens(dim, place).parts(x, num_own, frame, frame.num_common_guests)
 
 
 def traceable(func: Callable[..., Any]) -> Callable[..., Any]:

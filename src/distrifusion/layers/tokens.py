@@ -22,8 +22,8 @@ LATENTS, TOKENS = 0, 1
 """Levels of a transformer: rows of the latent, and rows of tokens, each of which is ``patch_size`` rows of it."""
 
 Place = Literal["first", "last", "ragged"]
-"""Where image tokens stand. ``"last"`` is before the frame's own guests; ``"ragged"`` after the text of each sample, where
-the frame says, with padding after them."""
+"""Where image tokens stand. ``"last"`` is before the frame's own guests; ``"ragged"`` after the text of each sample,
+where the frame says, with padding after them."""
 
 PLACES: tuple[Place, ...] = get_args(Place)
 
@@ -67,6 +67,12 @@ class Tokens:
             return parts[0] if len(parts) == 1 else torch.cat(parts, dim)
 
         return image, joined
+
+    def exchanged(self, x: Tensor, num_own: int, frame: Frame) -> tuple[Tensor, Callable[[list[Tensor]], Tensor]]:
+        """What of keys ``x`` the peers need, ``num_own`` tokens in all, and what puts everyone's in their stead."""
+        if num_own == x.shape[self.dim]:  # nothing that all ranks have
+            return x, lambda parts: parts[0] if len(parts) == 1 else torch.cat(parts, self.dim)
+        return self.parts(x, num_own, frame, frame.num_common_guests)
 
     def _ragged_parts(
         self, x: Tensor, num_tokens: int, frame: Frame

@@ -10,6 +10,7 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
+from itertools import pairwise
 from math import ceil, prod
 
 from ..config import ParallelConfig
@@ -218,10 +219,10 @@ class _Rank:
         return _Said(kind, shapes, item, codecs.get(kind))
 
     def _share(self, count: int) -> int:
-        """Tokens of ``count`` that this rank computes for all, in proportion to its rows; none where all compute all."""
+        """Tokens of ``count`` that this rank computes for all, in proportion to its rows; 0 where all compute all."""
         split = self._levels.splits[-1]
         ends = [count * bound // split.size for bound in split.bounds]
-        shares = [end - start for start, end in zip(ends, ends[1:], strict=False)]
+        shares = [end - start for start, end in pairwise(ends)]
         return shares[self.patch] if min(shares) else 0
 
     def _rows_for(self, seam: Conv | Upsampling | Context, peer: int) -> int:
