@@ -48,14 +48,15 @@ def turn(comm: Comm, work: Workload, case: str) -> tuple[float, list[tuple[str, 
     """CPU seconds of a step, and the calls of the next one."""
     if case != BARE:
         df.parallelize(work.model, df.ParallelConfig(strategy=case, warmup_steps=0), comm)  # type: ignore[arg-type]
-    for step in range(STEPS[case]):
+    *samples, last = (work.sample(step) for step in range(STEPS[case] + 1))
+    for sample in samples:
         comm.barrier()
         started = process_time()
-        work.run(work.sample(step))
+        work.run(sample)
     seconds = process_time() - started
     comm.barrier()
     with Clock() as clock:
-        work.run(work.sample(STEPS[case]))
+        work.run(last)
     df.restore(work.model)
     return seconds, clock.calls
 
@@ -111,7 +112,7 @@ def report(
         ratios = [total / one for total, one in zip(totals, bare, strict=True)]
         names = {*spent[case], *spent[BARE]}
         beyond = {name: spent[case].get(name, 0.0) - spent[BARE].get(name, 0.0) / world for name in names}
-        rows = {name: 100 * ms / share for name, ms in sorted(beyond.items(), key=lambda item: -item[1])}
+        rows = {name: round(100 * ms / share, 3) for name, ms in sorted(beyond.items(), key=lambda item: -item[1])}
         print(f"\n{case}, {world} ranks: {median(ratios):.3f} of the CPU seconds of one rank")
         for name, percent in rows.items():
             if abs(percent) >= least:
