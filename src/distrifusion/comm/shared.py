@@ -33,6 +33,7 @@ BUDGET = 128 << 20  # bytes of rings in one communicator
 LARGEST, SMALLEST = 32 << 20, 256 << 10  # bytes of one ring
 HEADER = 4096  # bytes before the ring: counters, each in a cache line of its own
 WRITTEN, READ, CLOSED = 0, 16, 32  # indices of 8-byte words
+SHORTEST, LONGEST, PATIENCE = 1e-4, 1e-3, 1 / 16  # seconds of a sleep between looks; of the time waited so far
 LOOK_AGAIN = 0.05  # seconds between two looks at whether a silent peer still lives
 
 
@@ -194,11 +195,11 @@ class SharedChannel:
             idle += 1
             if idle == 1:
                 since = looked = perf_counter()
-            elif idle > 200:
-                sleep(1e-4)
-            elif idle > 20:
+            elif 20 < idle <= 200:
                 os.sched_yield()  # ranks may outnumber the cores
             now = perf_counter()
+            if idle > 200:  # looking costs the core as much as a sixth of a short sleep; a peer's compute is long
+                sleep(min(max((now - since) * PATIENCE, SHORTEST), LONGEST))
             if now - looked > LOOK_AGAIN:
                 looked = now
                 dead = [rank for rank, lane in self._incoming.items() if lane.writer_died()]

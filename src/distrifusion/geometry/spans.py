@@ -125,6 +125,11 @@ class Split:
                 yield owner, Span(first, first + stop - row)
             row = stop
 
+    def shares(self, count: int) -> Split | None:
+        """``count`` of something else, to be shared out like the rows; None where a patch would get none of them."""
+        bounds = tuple(count * bound // self.size for bound in self.bounds)
+        return Split(bounds) if all(start < stop for start, stop in pairwise(bounds)) else None
+
     def strided(self, stride: int, size: int) -> Split:
         """The split after a layer of ``stride`` that makes ``size`` rows of these."""
         assert not self.origin, "only patches that stand alone are moved, see Levels.alone"

@@ -43,7 +43,7 @@ class Frame:
     levels: Levels
     exchange: Exchange
     third: int = 1  # the side beside the split one and across: frames of tokens, or rows where the frames are split
-    num_guests: int = 0  # tokens of further pictures, which stand right after the picture's own and are never cut
+    num_guests: int = 0  # tokens of further pictures, which stand right after the picture's own
     ragged: Ragged | None = None  # set by the entry of a model whose samples have texts of several lengths
     context_window: float | None = None  # see ParallelConfig: which keys a patch's queries see
     sees_peers: bool = field(init=False)  # of the exchange: whether anything of the peers is known
@@ -51,6 +51,8 @@ class Frame:
     asks_always: bool = False  # for rows of the neighbours also where there are none, so that the own ones can be kept
     chunk: int | None = None  # bytes that a layer works on at a time where it can; None: on all of its patch
     band: Band | None = None  # where the patch is one of several that a rank computes one after the other
+    words: Split | None = None  # which tokens of the text each rank computes; None: every rank all of them
+    guests: Split | None = None  # the same of the guests
 
     def __post_init__(self) -> None:
         # Here, so that a compiled graph, which depends on this, does not depend on the kind of the exchange too.
@@ -79,6 +81,22 @@ class Frame:
     def num_tokens(self, level: int) -> list[int]:
         """Tokens of each patch at ``level``."""
         return [self.third * rows * self.levels.across[level] for rows in self.levels.splits[level].sizes]
+
+    @property
+    def num_own_guests(self) -> int:
+        """Guests that this rank computes."""
+        return self.num_guests if self.guests is None else self.guests.sizes[self.patch]
+
+    @property
+    def num_common_guests(self) -> int:
+        """Guests that every rank computes."""
+        return self.num_guests if self.guests is None else 0
+
+    def num_keys(self, level: int, *, has_words: bool) -> list[int]:
+        """Tokens at ``level`` that each rank has for the others: its patch, and its shares of the guests and words."""
+        shares = [self.guests, self.words if has_words else None]
+        sizes = [self.num_tokens(level), *(share.sizes for share in shares if share is not None)]
+        return [sum(each) for each in zip(*sizes, strict=True)]
 
     def shape(self, level: int, owned: int) -> tuple[int, int, int]:
         """Frames, rows and columns at ``level`` where there are ``owned`` of what is split."""

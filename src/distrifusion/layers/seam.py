@@ -20,6 +20,7 @@ from torch.overrides import TorchFunctionMode
 
 from ..errors import UnsupportedModel
 from .base import Frame, FrameHolder, Layer
+from .masks import widened
 from .merge import attend_own_first, can_merge
 from .tokens import PLACES as _PLACES
 from .tokens import TOKENS, Place, Tokens
@@ -65,42 +66,26 @@ class PatchSeam(Layer):
             )
         return result
 
-    def gather(self, frame: Frame, k: Tensor, v: Tensor, dim: int, place: Place) -> tuple[Tensor, Tensor]:
-        """K and V with all tokens along ``dim``, of own image tokens and the rest."""
-        sizes, tokens = frame.num_tokens(TOKENS), Tokens(dim, place)
+    def gather(
+        self, frame: Frame, k: Tensor, v: Tensor, dim: int, place: Place, *, has_words: bool
+    ) -> tuple[Tensor, Tensor]:
+        """K and V with all tokens along ``dim``, of own image tokens and the rest.
+
+        What the ranks share out of the rest comes with each rank's image tokens. ``has_words``: the text is in it.
+        """
+        sizes, tokens = frame.num_keys(TOKENS, has_words=has_words), Tokens(dim, place)
         if torch.compiler.is_compiling():
             num_keys = k.shape[dim] - sizes[frame.patch] + sum(sizes) if frame.sees_peers else k.shape[dim]
-            k, v = self.ask([k, v], [num_keys, num_keys], dim, _PLACES.index(place))
+            k, v = self.ask([k, v], [num_keys, num_keys], dim, 2 * _PLACES.index(place) + has_words)
             return k, v
-        (own_k, all_k), (own_v, all_v) = (tokens.parts(x, sizes[frame.patch], frame) for x in (k, v))
+        (own_k, all_k), (own_v, all_v) = (tokens.exchanged(x, sizes[frame.patch], frame) for x in (k, v))
         parts = frame.exchange.gather(self.key, (own_k, own_v), sizes, dim).wait()
         return all_k([part[0] for part in parts]), all_v([part[1] for part in parts])
 
     def answer(self, tensors: list[Tensor], dim: int, question: int) -> Sequence[Tensor]:
         """See Layer."""
         k, v = tensors
-        return self.gather(self.frame, k, v, dim, _PLACES[question])
-
-    def mask(self, frame: Frame, mask: Tensor, num_own: int, num_keys: int) -> Tensor:
-        """An attention mask ``[..., keys]`` for ``num_own`` image tokens and text -> for all ``num_keys``.
-
-        Image tokens are never masked by themselves, so those of the peers get the value of the first own one, for each
-        query where there is a row for each. A mask for all queries that was made for the whole picture stays.
-
-        Raises:
-            UnsupportedModel: a mask with a row for each query of the whole picture.
-        """
-        is_for_all = mask.ndim < 3 or mask.shape[-2] == 1
-        if mask.shape[-1] == num_keys and (is_for_all or num_keys == num_own):
-            return mask
-        if mask.shape[-1] != num_own or not (is_for_all or mask.shape[-2] == num_own):
-            raise UnsupportedModel(
-                f"{self.key}: an attention mask of shape {tuple(mask.shape)} goes across patches; only one that hides "
-                "text tokens, such as [batch, 1, 1, keys], is known"
-            )
-        sizes, tokens = frame.num_tokens(TOKENS), Tokens(mask.ndim - 1, self._where)
-        image, joined = tokens.parts(mask, sizes[frame.patch], frame)
-        return joined([image[..., :1].expand(*image.shape[:-1], sum(sizes))])
+        return self.gather(self.frame, k, v, dim, _PLACES[question // 2], has_words=bool(question % 2))
 
     def attend(
         self,
@@ -117,22 +102,28 @@ class PatchSeam(Layer):
     ) -> Any:
         """``attention`` of own queries over the keys of the whole picture, which stand along ``dim``."""
         place: Place = self._where if is_first else "first"
+        num_image = frame.num_keys(TOKENS, has_words=False)[frame.patch] + frame.num_common_guests
+        has_words = is_first and key.shape[dim] > num_image  # not SD3.5's second attention of the picture to itself
         is_torch = attention is F.scaled_dot_product_attention and place != "ragged"
         is_eager = is_torch and not torch.compiler.is_compiling()
         if is_eager and frame.exchange.is_slow and can_merge(query, key, value, attn_mask, *args, **kwargs):
-            return self._attend_own_first(frame, place, query, key, value, **kwargs)
+            return self._attend_own_first(frame, place, has_words, query, key, value, **kwargs)
         if dim == 1 and key.device.type == "cpu":
             # Put together head by head: the CPU's kernel reads keys that lie so faster, and the bits are the same.
-            k, v = (x.transpose(1, 2) for x in self.gather(frame, key.transpose(1, 2), value.transpose(1, 2), 2, place))
+            own = key.transpose(1, 2), value.transpose(1, 2)
+            k, v = (x.transpose(1, 2) for x in self.gather(frame, *own, 2, place, has_words=has_words))
         else:
-            k, v = self.gather(frame, key, value, dim, place)
-        mask = None if attn_mask is None else self.mask(frame, attn_mask, key.shape[dim], k.shape[dim])
+            k, v = self.gather(frame, key, value, dim, place, has_words=has_words)
+        mask = attn_mask
+        if mask is not None:
+            mask = widened(mask, frame, self._where, key.shape[dim], k.shape[dim], self.key)
         return attention(query, k, v, mask, *args, **kwargs)
 
     def _attend_own_first(
         self,
         frame: Frame,
         place: Place,
+        has_words: bool,
         query: Tensor,
         key: Tensor,
         value: Tensor,
@@ -140,8 +131,8 @@ class PatchSeam(Layer):
         **_: Any,
     ) -> Tensor:
         """To own image tokens and the rest, while the peers' image tokens travel."""
-        sizes, tokens = frame.num_tokens(TOKENS), Tokens(2, place)
-        own = [tokens.parts(x, sizes[frame.patch], frame)[0] for x in (key, value)]
+        sizes, tokens = frame.num_keys(TOKENS, has_words=has_words), Tokens(2, place)
+        own = [tokens.exchanged(x, sizes[frame.patch], frame)[0] for x in (key, value)]
         pending = frame.exchange.gather(self.key, own, sizes, 2)
 
         def others() -> tuple[Tensor, Tensor]:

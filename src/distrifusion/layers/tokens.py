@@ -1,7 +1,7 @@
 """Transformers over image tokens: where the tokens of a picture are cut to own rows, and where they are whole again.
 
 Tokens stand in raster order, frame by frame; text, or whatever else is not of the picture, may stand before or after
-them in one tensor. It stays whole on every rank.
+them in one tensor. It stays whole on every rank, or the ranks share it out (`Frame.words`, `Frame.guests`).
 """
 
 from __future__ import annotations
@@ -16,14 +16,14 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..errors import UnsupportedModel
-from .base import Frame, FrameHolder, Layer, put_rows
+from .base import Frame, FrameHolder, Layer, own_rows, put_rows
 
 LATENTS, TOKENS = 0, 1
 """Levels of a transformer: rows of the latent, and rows of tokens, each of which is ``patch_size`` rows of it."""
 
 Place = Literal["first", "last", "ragged"]
-"""Where image tokens stand. ``"last"`` is before the frame's guests; ``"ragged"`` after the text of each sample, where
-the frame says, with padding after them."""
+"""Where image tokens stand. ``"last"`` is before the frame's own guests; ``"ragged"`` after the text of each sample,
+where the frame says, with padding after them."""
 
 PLACES: tuple[Place, ...] = get_args(Place)
 
@@ -42,8 +42,12 @@ class Tokens:
     place: Place = "last"
     is_map: bool = False
 
-    def parts(self, x: Tensor, num_tokens: int, frame: Frame) -> tuple[Tensor, Callable[[list[Tensor]], Tensor]]:
+    def parts(
+        self, x: Tensor, num_tokens: int, frame: Frame, num_guests: int | None = None
+    ) -> tuple[Tensor, Callable[[list[Tensor]], Tensor]]:
         """The ``num_tokens`` image tokens, and what puts others in their stead.
+
+        ``num_guests``: behind them; None: the rank's own.
 
         Raises:
             UnsupportedModel: there are not so many.
@@ -51,7 +55,8 @@ class Tokens:
         if self.place == "ragged":
             return self._ragged_parts(x, num_tokens, frame)
         dim = self.dim % x.ndim
-        num_after = x.shape[dim] - num_tokens if self.place == "first" else frame.num_guests
+        num_guests = frame.num_own_guests if num_guests is None else num_guests
+        num_after = x.shape[dim] - num_tokens if self.place == "first" else num_guests
         num_before = x.shape[dim] - num_tokens - num_after
         if num_before < 0 or num_after < 0:
             raise UnsupportedModel(f"{x.shape[dim]} tokens cannot hold the {num_tokens} of the picture")
@@ -62,6 +67,12 @@ class Tokens:
             return parts[0] if len(parts) == 1 else torch.cat(parts, dim)
 
         return image, joined
+
+    def exchanged(self, x: Tensor, num_own: int, frame: Frame) -> tuple[Tensor, Callable[[list[Tensor]], Tensor]]:
+        """What of keys ``x`` the peers need, ``num_own`` tokens in all, and what puts everyone's in their stead."""
+        if num_own == x.shape[self.dim]:  # nothing that all ranks have
+            return x, lambda parts: parts[0] if len(parts) == 1 else torch.cat(parts, self.dim)
+        return self.parts(x, num_own, frame, frame.num_common_guests)
 
     def _ragged_parts(
         self, x: Tensor, num_tokens: int, frame: Frame
@@ -82,6 +93,17 @@ class Tokens:
             return torch.stack(result)
 
         return image, joined
+
+
+@dataclass(frozen=True)
+class Words:
+    """How a tensor holds tokens of the text and nothing else: along ``dim``. Cut where the ranks share them out."""
+
+    dim: int = 1
+
+    def own(self, x: Tensor, frame: Frame) -> Tensor:
+        """Those that this rank computes."""
+        return x if frame.words is None else own_rows(x, frame.words, frame.patch, self.dim)
 
 
 class PatchEntry(Layer):
@@ -117,7 +139,7 @@ class PatchArguments(Layer):
     They are given by name; the one that is None is left alone.
     """
 
-    def __init__(self, module: nn.Module, key: str, holder: FrameHolder, *, cuts: Mapping[str, Tokens]) -> None:
+    def __init__(self, module: nn.Module, key: str, holder: FrameHolder, *, cuts: Mapping[str, Tokens | Words]) -> None:
         super().__init__(module, key, holder)
         self._cuts = cuts
 
@@ -195,8 +217,8 @@ class PatchSides(Layer):
         return self.plain(self.module, *given, **kwargs)
 
 
-def own_tokens(x: Any, tokens: Tokens, frame: Frame) -> Any:
-    """Own rows of tensors that hold the tokens of the whole picture; of each in a tuple or list.
+def own_tokens(x: Any, tokens: Tokens | Words, frame: Frame) -> Any:
+    """Own rows of tensors that hold the tokens of the whole picture, or the text's; of each in a tuple or list.
 
     Raises:
         UnsupportedModel: a tensor of fewer tokens, or a map of another size.
@@ -205,12 +227,17 @@ def own_tokens(x: Any, tokens: Tokens, frame: Frame) -> Any:
         return type(x)(own_tokens(each, tokens, frame) for each in x)
     if not isinstance(x, Tensor):
         return x
+    if isinstance(tokens, Words):
+        return tokens.own(x, frame)
     split, dim = frame.split(TOKENS), tokens.dim % x.ndim
     shape = frame.shape(TOKENS, split.size)
     if tokens.is_map:
         if tuple(x.shape[dim : dim + 3]) != shape:
             raise UnsupportedModel(f"a map of {tuple(x.shape[dim : dim + 3])} tokens is not one of {shape}")
         return frame.own(TOKENS, x, dim + frame.dim - 1)
+    if frame.guests is not None and tokens.place == "last":
+        rest, guests = torch.split(x, [x.shape[dim] - frame.num_guests, frame.num_guests], dim)
+        x = torch.cat([rest, own_rows(guests, frame.guests, frame.patch, dim)], dim)
     image, joined = tokens.parts(x, sum(frame.num_tokens(TOKENS)), frame)
     own = frame.own(TOKENS, torch.unflatten(image, dim, shape), dim + frame.dim - 1)
     return joined([own.flatten(dim, dim + 2)])

@@ -51,6 +51,10 @@ class ControlNetTable:
         """See Table."""
         return 0
 
+    def num_words(self, call: Call) -> int:
+        """See Table."""
+        return 0
+
     def levels(self, height: int, width: int, weights: tuple[float, ...], dim: int, frames: int = 1) -> Levels:
         """See Table."""
         return levels_of(self.model, height, width, weights, dim)

@@ -84,6 +84,10 @@ class Table(Protocol):
         """Tokens of further pictures to look at, which stand right after those of the call's picture."""
         ...
 
+    def num_words(self, call: Call) -> int:
+        """Tokens of the call's text that the ranks may share out; 0 where all of them have to compute all."""
+        ...
+
     def levels(self, height: int, width: int, weights: tuple[float, ...], dim: int, frames: int = 1) -> Levels:
         """The splits of a latent of ``height`` x ``width`` along ``dim`` (1 frames, 2 rows, 3 cols) at every level.
 

@@ -30,7 +30,7 @@ from ..layers import (
     PatchSeam,
     PatchSides,
 )
-from ..layers.tokens import LATENTS, TOKENS, Cut, Place, Tokens, own_tokens
+from ..layers.tokens import LATENTS, TOKENS, Cut, Place, Tokens, Words, own_tokens
 from .blocks import Fingerprint, walk_over
 from .table import Call, bind, check_module, unsupported
 from .table import Place as OnLevel
@@ -40,7 +40,7 @@ from .table import Place as OnLevel
 class Grid:
     """How the tokens of a call's picture stand: ``frames`` x ``rows`` x ``cols``, and ``guests`` after them.
 
-    Guests are tokens of further pictures to look at. They stay whole on every rank, as text does.
+    Guests are tokens of further pictures to look at.
     """
 
     rows: int
@@ -70,7 +70,9 @@ class Plan:
         exit: the last module over tokens.
         leaving: how the output of ``exit`` holds them.
         methods: methods of the model, as ``entries``.
-        inputs: modules that are given something about all tokens among their arguments by name.
+        inputs: modules that are given something about all tokens, or the text's, among their arguments by name.
+        words: the argument ``[B, tokens, C]`` with the text whose tokens the ranks share out, where each is computed by
+            itself but for the seams, so that `cuts`, `inputs` and `entries` can cut them; None: all ranks compute all.
         sample: the argument that holds the latents.
         lists: arguments that are lists with an item for each picture of the batch.
         several: arguments that hold several rows for each picture of the batch, one picture's after the other's.
@@ -81,7 +83,7 @@ class Plan:
         convs: convolutions over tokens in rows.
         sides: blocks that are told sizes of the picture in tokens: see PatchSides.
         cuts: arguments that hold the tokens of the whole picture, or are lists or tuples of such, and how. One without
-            that dim, or of 1 there, is for all tokens and stays, such as a timestep.
+            that dim, or of 1 there, is for all tokens and stays, such as a timestep. Or those of the text alone.
         texts: attentions that see no image token among their keys, or belong to the text alone.
         prompts: modules that read the text and nothing else, the same in every step: they run once per picture.
         conditions: arguments that stay the same in a picture and guidance branch.
@@ -96,7 +98,8 @@ class Plan:
     exit: str = "proj_out"
     leaving: Tokens = field(default_factory=Tokens)
     methods: Mapping[str, Cut] = field(default_factory=dict)
-    inputs: Mapping[str, Mapping[str, Tokens]] = field(default_factory=dict)
+    inputs: Mapping[str, Mapping[str, Tokens | Words]] = field(default_factory=dict)
+    words: str | None = None
     sample: str = "hidden_states"
     lists: tuple[str, ...] = ()
     several: tuple[str, ...] = ()
@@ -106,7 +109,7 @@ class Plan:
     sums: Mapping[str, tuple[type, ...]] = field(default_factory=dict)
     convs: tuple[str, ...] = ()
     sides: tuple[str, ...] = ()
-    cuts: Mapping[str, Tokens] = field(default_factory=dict)
+    cuts: Mapping[str, Tokens | Words] = field(default_factory=dict)
     texts: tuple[str, ...] = ()
     prompts: tuple[str, ...] = ()
     conditions: tuple[str, ...] = ("encoder_hidden_states",)
@@ -140,6 +143,10 @@ class TransformerTable:
     def num_guests(self, call: Call) -> int:
         """See Table."""
         return self._plan.grid(self.model, call).guests
+
+    def num_words(self, call: Call) -> int:
+        """See Table."""
+        return 0 if self._plan.words is None else int(call.arguments[self._plan.words].shape[1])
 
     def levels(self, height: int, width: int, weights: tuple[float, ...], dim: int, frames: int = 1) -> Levels:
         """See Table. Level 0 is the latent's, level 1 that of its tokens."""
@@ -258,8 +265,9 @@ class TransformerTable:
         return not any("PAG" in type(getattr(each, "processor", None)).__name__ for each in self.model.modules())
 
 
-def _own(value: Any, tokens: Tokens, frame: Frame) -> Any:
-    is_for_all = isinstance(value, Tensor) and (value.ndim <= tokens.dim or value.shape[tokens.dim] == 1)
+def _own(value: Any, tokens: Tokens | Words, frame: Frame) -> Any:
+    is_map = isinstance(value, Tensor) and isinstance(tokens, Tokens)
+    is_for_all = is_map and (value.ndim <= tokens.dim or value.shape[tokens.dim] == 1)
     return value if is_for_all else own_tokens(value, tokens, frame)
 
 

@@ -54,6 +54,10 @@ class UNetTable:
         """See Table."""
         return 0
 
+    def num_words(self, call: Call) -> int:
+        """See Table."""
+        return 0
+
     def levels(self, height: int, width: int, weights: tuple[float, ...], dim: int, frames: int = 1) -> Levels:
         """See Table."""
         unit = 2 ** len(downsampling_windows(self.model)[0])

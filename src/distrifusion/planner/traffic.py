@@ -10,6 +10,7 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
+from itertools import pairwise
 from math import ceil, prod
 
 from ..config import ParallelConfig
@@ -59,6 +60,7 @@ class Context:
     before: tuple[int, ...] = ()
     after: tuple[int, ...] = ()
     frames: int = 1  # of a video
+    others: tuple[int, ...] = ()  # tokens of text and of guests, which the ranks share out
 
 
 @dataclass(frozen=True)
@@ -218,6 +220,7 @@ class _Rank:
         across = self._levels.across[seam.level]
         if isinstance(seam, Context) and self._config.context_window is None:
             tokens = seam.frames * self._levels.splits[seam.level].sizes[self.patch] * across
+            tokens += sum(self._share(count) for count in seam.others)
             shape = (batch, *seam.before, tokens, *seam.after, seam.width)
             return _Said("context", {None: shape}, item, codecs.get("context"))
         shapes: dict[int | None, tuple[int, ...]] = {}
@@ -230,6 +233,13 @@ class _Rank:
                 )
         kind = "context" if isinstance(seam, Context) else "halo"
         return _Said(kind, shapes, item, codecs.get(kind))
+
+    def _share(self, count: int) -> int:
+        """Tokens of ``count`` that this rank computes for all, in proportion to its rows; 0 where all compute all."""
+        split = self._levels.splits[-1]
+        ends = [count * bound // split.size for bound in split.bounds]
+        shares = [end - start for start, end in pairwise(ends)]
+        return shares[self.patch] if min(shares) else 0
 
     def _rows_for(self, seam: Conv | Upsampling | Context, peer: int) -> int:
         """How many of the own rows ``peer`` reads."""

@@ -14,7 +14,7 @@ from ..comm import Pending
 from ..comm.base import Done
 from ..config import ParallelConfig
 from ..dataflow import Dataflow
-from ..geometry import Halo
+from ..geometry import Halo, Split
 from ..layers import (
     Frame,
     FrameHolder,
@@ -51,7 +51,11 @@ def anatomy_of(model: nn.Module, *args: Any, **kwargs: Any) -> Anatomy:
     frame = Frame(
         0, 2, table.levels(*table.size(call), (1.0,), 2), noting, table.third(call, 2), table.num_guests(call)
     )
-    noting.num_frames = frame.third
+    # All of what the ranks would share out is this one's.
+    num_words = table.num_words(call)
+    frame.words = Split((0, num_words)) if num_words else None
+    frame.guests = Split((0, frame.num_guests)) if frame.num_guests else None
+    noting.frame = frame
     with ExitStack() as attached, torch.no_grad():
         for layer in layers:
             layer.attach()
@@ -192,7 +196,7 @@ class _Noting:
 
     def __init__(self, layers: Sequence[Layer], batch: int) -> None:
         self.seams: list[Seam] = []
-        self.num_frames = 1
+        self.frame: Frame | None = None
         self._layers = {layer.key: layer for layer in layers}
         self._batch = batch
 
@@ -224,9 +228,17 @@ class _Noting:
         if isinstance(layer, PatchLinearAttention):
             self.seams.append(Sums((*shape[1:-1], width)))
         else:
-            level = layer.level if isinstance(layer, PatchAttention) else TOKENS
-            self.seams.append(Context(level, width, shape[1:dim], shape[dim + 1 : -1], self.num_frames))
+            assert self.frame is not None, "set before the call"
+            level, others = TOKENS, self._others(self.frame, shape[dim])
+            if isinstance(layer, PatchAttention):
+                level, others = layer.level, ()
+            self.seams.append(Context(level, width, shape[1:dim], shape[dim + 1 : -1], self.frame.third, others))
         return Done([own])
+
+    def _others(self, frame: Frame, num_tokens: int) -> tuple[int, ...]:
+        """Guests, and words where they are among ``num_tokens`` that are exchanged."""
+        num_words = num_tokens - frame.num_keys(TOKENS, has_words=False)[0] if frame.words is not None else 0
+        return tuple(count for count in (num_words, frame.num_guests) if count)
 
     def moments(self, key: str, own: Tensor) -> Tensor:
         """See Exchange."""

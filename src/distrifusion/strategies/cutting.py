@@ -40,6 +40,16 @@ def check_model(table: Table, config: ParallelConfig) -> None:
         raise UnsupportedModel(f"split='frames' is for models of videos, not for {name}: use 'rows' or 'cols'")
 
 
+def share_out(frame: Frame, num_words: int) -> None:
+    """Let the ranks share out the text and the guests like the rows of the picture, where each gets some of them.
+
+    A token fewer than ranks is no work to speak of, and modules that get none may not know what to do.
+    """
+    rows = frame.split(-1)
+    if rows.num_patches > 1:
+        frame.words, frame.guests = rows.shares(num_words), rows.shares(frame.num_guests)
+
+
 class Cutting:
     """How one rank's patch of a model's call is found. ``table``, ``config``, ``mesh`` and ``rank`` are the model's."""
 
@@ -68,9 +78,12 @@ class Cutting:
         patch, levels = self.place, picture
         if self.moved is not None:
             patch, levels = 0, picture.alone(self.moved.window(self.place))
-        return Frame(
+        frame = Frame(
             patch, self.dim, levels, exchange, third, num_guests, None, window, memory=memory, chunk=self.chunk
         )
+        if frame.sees_peers and self.moved is None:  # who is alone has to compute all of them
+            share_out(frame, self._table.num_words(call))
+        return frame
 
     def moves(self, call: Call, state: State, split: Split, feeders: Sequence[Cutting]) -> Moved | None:
         """Where the patches of this step lie, if each stands alone; ``feeders`` are of models that have fed this one.

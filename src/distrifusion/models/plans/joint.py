@@ -10,7 +10,7 @@ import diffusers
 from ...errors import UnsupportedModel
 from ...layers import Frame
 from ...layers.base import Ragged
-from ...layers.tokens import TOKENS, Cut, Tokens, own_tokens
+from ...layers.tokens import TOKENS, Cut, Tokens, Words, own_tokens
 from ..table import Call
 from ..transformer import Grid, Plan, of_latent, of_positions
 
@@ -18,6 +18,11 @@ from ..transformer import Grid, Plan, of_latent, of_positions
 def _first(tokens: Tokens) -> Cut:
     """A tuple of something about image tokens, and something about text."""
     return lambda output, frame: (own_tokens(output[0], tokens, frame), *output[1:])
+
+
+def _both(output: Any, frame: Frame) -> Any:
+    """A pair of something about image tokens, and something about text, along their first dim."""
+    return own_tokens(output[0], Tokens(0), frame), own_tokens(output[1], Words(0), frame)
 
 
 def _of_shapes(model: Any, call: Call) -> Grid:
@@ -71,7 +76,12 @@ def _of_z_image(model: Any, call: Call) -> Grid:
 
 
 _FLUX_SEAMS: dict[str, Any] = {"transformer_blocks.*.attn": "last", "single_transformer_blocks.*.attn": "last"}
-_FLUX_CUTS = {"hidden_states": Tokens(), "img_ids": Tokens(-2)}
+_FLUX_CUTS: dict[str, Tokens | Words] = {
+    "hidden_states": Tokens(),
+    "img_ids": Tokens(-2),
+    "encoder_hidden_states": Words(),
+    "txt_ids": Words(-2),
+}
 _FLUX_CONTROL = {"controlnet_block_samples": Tokens(), "controlnet_single_block_samples": Tokens()}
 
 JOINT = (
@@ -81,7 +91,8 @@ JOINT = (
         entries={"pos_embed": Tokens()},
         seams={"transformer_blocks.*.attn": "first", "transformer_blocks.*.attn2": "first"},
         grid=of_latent,
-        cuts={"block_controlnet_hidden_states": Tokens()},
+        cuts={"block_controlnet_hidden_states": Tokens(), "encoder_hidden_states": Words()},
+        words="encoder_hidden_states",
         texts=("image_proj.layers.*.attn",),
         conditions=("encoder_hidden_states", "pooled_projections"),
     ),
@@ -91,6 +102,7 @@ JOINT = (
         seams=_FLUX_SEAMS,
         grid=of_positions("img_ids"),
         cuts=_FLUX_CUTS | _FLUX_CONTROL,
+        words="encoder_hidden_states",
         patch=lambda model: 1,
         conditions=("encoder_hidden_states", "pooled_projections"),
     ),
@@ -100,6 +112,7 @@ JOINT = (
         seams=_FLUX_SEAMS,
         grid=of_positions("img_ids"),
         cuts=_FLUX_CUTS | _FLUX_CONTROL | {"attention_mask": Tokens()},
+        words="encoder_hidden_states",
         patch=lambda model: 1,
     ),
     Plan(
@@ -108,6 +121,7 @@ JOINT = (
         seams=_FLUX_SEAMS,
         grid=of_positions("img_ids"),
         cuts=_FLUX_CUTS,
+        words="encoder_hidden_states",
         patch=lambda model: 1,
     ),
     Plan(
@@ -116,6 +130,7 @@ JOINT = (
         seams=_FLUX_SEAMS,
         grid=of_positions("img_ids"),
         cuts=_FLUX_CUTS,
+        words="encoder_hidden_states",
         patch=lambda model: 1,
     ),
     Plan(
@@ -124,17 +139,23 @@ JOINT = (
         seams=_FLUX_SEAMS,
         grid=of_positions("img_ids"),
         cuts=_FLUX_CUTS,
+        words="encoder_hidden_states",
         patch=lambda model: 1,
         unknown=("kv_cache_mode", "kv_cache"),
     ),
     Plan(
         diffusers.QwenImageTransformer2DModel,
         ("Qwen-Image", "Qwen-Image-Edit"),
-        entries={"pos_embed": _first(Tokens(0))},
+        entries={"pos_embed": _both},
         seams={"transformer_blocks.*.attn": "last"},
         grid=_of_shapes,
         cuts={"hidden_states": Tokens(), "controlnet_block_samples": Tokens()},
-        inputs={"transformer_blocks.*": {"modulate_index": Tokens()}},
+        # The model makes positions and a mask for as many words as it was given, so these are cut behind that.
+        inputs={
+            "transformer_blocks.0": {"modulate_index": Tokens(), "encoder_hidden_states": Words()},
+            "transformer_blocks.*": {"modulate_index": Tokens()},
+        },
+        words="encoder_hidden_states",
         patch=lambda model: 1,
         lists=("img_shapes",),
     ),
@@ -151,6 +172,8 @@ JOINT = (
         entries={"patch_embed": Tokens()},
         seams={"transformer_blocks.*.attn1": "last"},
         grid=of_latent,
+        cuts={"encoder_hidden_states": Words()},
+        words="encoder_hidden_states",
     ),
     Plan(
         diffusers.CogView4Transformer2DModel,
