@@ -79,6 +79,9 @@ BANDS = [
     ("tiny", 2, "cols", 2, 4, 5, 0.0, 3),
     ("tiny", 3, "rows", 1, 4, 3, 0.6, 5),
     ("tiny-swish", 2, "rows", 1, 3, 4, 0.2, 3),
+    ("qwen", 2, "rows", 2, 3, 2, 0.0, 3),
+    ("wan", 3, "cols", 1, 2, 3, 0.3, 2),
+    ("wan-2.2", 1, "rows", 1, 3, 2, 0.0, 4),
 ]
 
 
@@ -90,6 +93,18 @@ def test_a_decode_in_bands_equals_one_device(case: Any, monkeypatch: pytest.Monk
     in_bands(monkeypatch, first, num)
     for result in on_ranks(name, world, x, split=split):
         assert distance(result, truth) <= EXACT
+
+
+def test_a_picture_alone_keeps_no_past_and_frames_one_by_one_are_refused() -> None:
+    vae, x = df.parallelize(build_vae("wan"), ParallelConfig(max_memory=PLENTY)), latents_of("wan", 1, 3, 2)
+    past: list[Any] = [None] * 99
+    vae.decoder(x, feat_cache=past, feat_idx=[0], first_chunk=True)
+    assert past == [None] * 99
+    with pytest.raises(df.UnsupportedModel, match="the frames of a video as tensors of their own"):
+        vae.decoder(x, feat_cache=past, feat_idx=[0])
+    past, frames = [None] * 99, latents_of("wan", 1, 3, 2, frames=2)
+    vae.decoder(frames[:, :, :1], feat_cache=past, feat_idx=[0], first_chunk=True)
+    assert isinstance(past[0], Tensor)
 
 
 def test_bands_go_around_the_ends_of_a_picture(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -354,7 +369,7 @@ def test_what_cannot_fit_is_refused_with_the_numbers(tiny: Path) -> None:
     vae = build_vae("wan")
     df.parallelize(vae, ParallelConfig(max_memory=LIBRARIES + (1 << 20)))
     with pytest.raises(df.ConfigError, match=r"too little for the VAE's decode, which needs at least 4.* \(whole\)"):
-        decoded(vae, latents_of("wan", 1, 24, 24))
+        decoded(vae, latents_of("wan", 1, 24, 24, frames=2))
     assert Budget(20, 4, 3, 2).room == int(11 / 1.1)
 
 

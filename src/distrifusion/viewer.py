@@ -10,10 +10,8 @@ from typing import Literal
 
 View = Literal["panorama", "tile"]
 
-_HINTS = {
-    "panorama": "drag or use the arrow keys to look around, turn the wheel to zoom",
-    "tile": "drag or use the arrow keys to move, turn the wheel to zoom",
-}
+_DOES = {"panorama": "look around", "tile": "move"}
+_WAYS = ((" or use the arrow keys", "turn the wheel to zoom"), ("", "pinch to zoom"))  # with a mouse, with fingers
 
 
 def page(picture: Path, kind: View, title: str) -> str:
@@ -21,7 +19,9 @@ def page(picture: Path, kind: View, title: str) -> str:
     words = base64.b64encode(picture.read_bytes()).decode("ascii")
     mime = mimetypes.guess_type(picture.name)[0] or "image/png"
     text = Path(__file__).with_suffix(".html").read_text(encoding="utf-8")
-    values = {"hint": _HINTS[kind], "kind": kind, "source": f"data:{mime};base64,{words}", "title": html.escape(title)}
+    hint, touch = (f"drag{how} to {_DOES[kind]}, {zoom}" for how, zoom in _WAYS)
+    source = f"data:{mime};base64,{words}"
+    values = {"hint": hint, "touch": touch, "kind": kind, "source": source, "title": html.escape(title)}
     for name, value in values.items():
         text = text.replace("{{ " + name + " }}", value)
     return text

@@ -76,7 +76,8 @@ def nearest(layer: PatchUpsample | PatchInterpolate, x: Tensor) -> Tensor:
 def _doubled(rows: Tensor, dim: int) -> Tensor:
     """Twice the rows and columns, with room for a halo: a convolution comes next."""
     wide = F.interpolate(rows, size=(rows.shape[2], 2 * rows.shape[3]), mode="nearest")
-    out = empty_with_room(rows, (*rows.shape[:2], 2 * rows.shape[2], wide.shape[3]), dim)
+    # As torch lays out what it interpolates: in the layout of some attentions, all norms and sums after it would copy.
+    out = empty_with_room(wide, (*rows.shape[:2], 2 * rows.shape[2], wide.shape[3]), dim)
     for row in (0, 1):
         out[:, :, row::2].copy_(wide)
     return out

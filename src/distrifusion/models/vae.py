@@ -38,6 +38,7 @@ Pairs = list[tuple[Window, Window]]
 class Tail:
     """The end of a decoder, as modules that its forward calls one after the other with what the last one has made.
 
+    Of a video's decoder it is so for a picture alone, of which nothing is kept for a next frame.
     ``finish`` is what is left to do after them.
     """
 
@@ -45,7 +46,7 @@ class Tail:
     finish: Callable[[Tensor], Tensor] = lambda x: x
 
     def run(self, first: int, x: Tensor) -> Tensor:
-        """From module ``first`` on: rows ``[B, C, rows, W]`` -> rows of the picture."""
+        """From module ``first`` on: rows ``[B, C, (1,) rows, W]`` -> rows of the picture."""
         for module in self.modules[first:]:
             x = module(x, temb=None) if isinstance(module, ResnetBlock2D) else module(x)
         return self.finish(x)
@@ -119,6 +120,18 @@ class Half:
         """
         walk = replace(walk_over(holder), known_seams=SEAMS, containers=CONTAINERS, local=LOCAL)
         yield from self.plan.layers(walk, self.module, len(self.plan.windows(self.module)))
+
+    def without_past(self, arguments: dict[str, Any]) -> dict[str, Any]:
+        """The arguments of its forward; where the sample is a picture alone, without room for what a next frame reads.
+
+        A video's VAE calls its halves with some frames at a time, which are views of all; only of tiles they are not.
+        What it keeps of them, the input of each convolution, takes as much memory as the work itself.
+        """
+        sample = arguments[self.input_name]
+        is_alone = not self.is_tiled and sample.untyped_storage().nbytes() == sample.nbytes
+        if arguments.get("feat_cache") is None or not is_alone:
+            return arguments
+        return {**arguments, "feat_cache": None}
 
     def tail(self) -> Tail | None:
         """What may be computed in bands of rows; None: nothing of this half is known to."""
@@ -250,6 +263,16 @@ def _video_tail(walk: Walk, half: Any, level: int) -> Iterator[Layer]:
         yield from walk(getattr(half, name), name, Place(level, level))
 
 
+def _video_tail_of_decoder(decoder: Any) -> Tail:
+    """Of one picture; as Wan 2.2 doubles it, what goes around a block and what goes through it read in parallel."""
+    modules: list[nn.Module] = [decoder.norm_out, decoder.nonlinearity, decoder.conv_out]
+    for each in reversed(decoder.up_blocks):
+        if getattr(each, "avg_shortcut", None) is not None:
+            break
+        modules[:0] = [*each.resnets, *(getattr(each, "upsamplers", None) or ())]
+    return Tail(tuple(modules))
+
+
 def _causal_conv(walk: Walk, module: Any, name: str, place: Place) -> Iterator[Layer]:
     yield PatchCausalConv(module, name, walk.holder, level=place.level, reads_whole=place.reads_whole)
 
@@ -337,7 +360,7 @@ LOCAL: tuple[type, ...] = (*blocks.LOCAL, wan.WanRMS_norm, qwen.QwenImageRMS_nor
 
 _UNET = (Plan(_unet_windows, _unet_encoder), Plan(_doublings, _unet_decoder, _unet_tail))
 _TINY = (Plan(_tiny_windows, _tiny_encoder), Plan(_tiny_doublings, _stack, _tiny_tail))
-_VIDEO = (Plan(_video_windows, _video_encoder), Plan(_video_doublings, _video_decoder))
+_VIDEO = (Plan(_video_windows, _video_encoder), Plan(_video_doublings, _video_decoder, _video_tail_of_decoder))
 
 PLANS: dict[type, tuple[Plan, Plan]] = {
     AutoencoderKL: _UNET,

@@ -152,7 +152,7 @@ class BandedTail:
                     parts.append(unknown.moments)
                     continue
                 made = self._room(rows, frame, len(own)) if made is None else made
-                made.narrow(frame.dim, span.start - own.start, len(span)).copy_(rows)
+                made.narrow(_dim(frame, rows), span.start - own.start, len(span)).copy_(rows)
                 del rows
             if made is not None:
                 return made
@@ -165,31 +165,32 @@ class BandedTail:
         longest = max(own.cut(num), key=lambda span: (len(span), len(reader.reads(span))))
         rows = self._band(source, frame, reader, longest, {}, pretending)
         made = self._room(rows, frame, len(own))
-        made.narrow(frame.dim, 0, len(longest)).copy_(rows)
+        made.narrow(_dim(frame, rows), 0, len(longest)).copy_(rows)
         return made
 
     def _room(self, rows: Tensor, frame: Frame, num_own: int) -> Tensor:
         shape = list(rows.shape)
-        shape[frame.dim] = num_own
+        shape[_dim(frame, rows)] = num_own
         return rows.new_empty(shape)
 
     def _source(self, x: Tensor, frame: Frame, reader: Chain, own: Span) -> _Source:
         """What the bands of ``own`` read, halos of the neighbours included."""
+        dim = _dim(frame, x)
         if self._reads_whole:
-            return _Source(frame.dim, whole=x)
+            return _Source(dim, whole=x)
         inputs, outputs = frame.split(self._level), frame.split(0)
         plan = halo(inputs, outputs, reader, frame.patch)
         arrived: Mapping[int, Tensor] = {}
         if plan.links:
-            arrived = frame.exchange.neighbours("bands", x, plan, frame.dim).wait()
+            arrived = frame.exchange.neighbours("bands", x, plan, dim).wait()
         pieces, row = [], reader.reads(own).start
         for part in plan.parts:
             assert part.peer is not None, "a chain reads no rows beyond the picture"
             mine = part.peer == frame.patch
-            rows = (x if mine else arrived[part.peer]).narrow(frame.dim, part.start, part.rows)
+            rows = (x if mine else arrived[part.peer]).narrow(dim, part.start, part.rows)
             pieces.append((row, rows if mine else rows.clone()))  # what arrived is the exchange's
             row += part.rows
-        return _Source(frame.dim, pieces)
+        return _Source(dim, pieces)
 
     def _band(
         self, source: _Source, frame: Frame, reader: Chain, out: Span, moments: dict[str, Tensor], exchange: Exchange
@@ -214,7 +215,7 @@ class BandedTail:
             made = self._tail.run(self._first, source.rows(reads))
         finally:
             self._holder.frame = frame
-        return made.narrow(frame.dim, out.start - (reads.start << level), len(out))
+        return made.narrow(_dim(frame, made), out.start - (reads.start << level), len(out))
 
 
 class _Source:
@@ -264,6 +265,11 @@ class _Asking:
     def finish(self) -> bool:
         """See Exchange."""
         return True
+
+
+def _dim(frame: Frame, x: Tensor) -> int:
+    """The split dim of a picture ``[B, C, H, W]``, or of one with frames before its sides."""
+    return x.ndim - 4 + frame.dim
 
 
 def _reached(module: Any, args: tuple[Any, ...]) -> NoReturn:

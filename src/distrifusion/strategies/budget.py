@@ -60,7 +60,7 @@ def half_fit(
     part = f"VAE's {half.kind}"
     plain = Fit(part, "whole", trial.peak(None))
     tail = half.tail()
-    if plain.peak <= budget.room or tail is None:
+    if plain.peak <= budget.room or tail is None or arguments.get("feat_cache") is not None:  # a video's frames
         return None, plain
     fits = [plain]
     for most_twice in MOST_TWICE:
@@ -85,7 +85,8 @@ PICTURES = 4
 
 def _cuts(tail: Tail) -> list[int]:
     """Where bands may begin, last first: where the pictures are still small, before they are doubled."""
-    doubling = [i for i, module in enumerate(tail.modules) if "Upsample" in type(module).__name__]
+    names = [type(module).__name__ for module in tail.modules]
+    doubling = [i for i, name in enumerate(names) if "Upsample" in name or "Resample" in name]
     return sorted({0, *doubling}, reverse=True)
 
 

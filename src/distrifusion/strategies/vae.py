@@ -147,6 +147,7 @@ class _ParallelHalf(Layer):
         self._dim = 3 if config.split == "cols" else 2  # rows where a video's denoiser is split by frames
         self._rings = config.rings
         self._layers = Attached()
+        self._left_out: Any = None  # the room for a past that the last call was not given
         self._budget, self._fits = budget, dict[Any, tuple[Bands | None, Fit]]()  # by what is to fit
         self._forward = torch.compiler.disable(self._run)  # type: ignore[no-untyped-call]
 
@@ -175,7 +176,7 @@ class _ParallelHalf(Layer):
         return ([] if self.is_attached else [self.module]) + self._layers.lost()
 
     def _run(self, *args: Any, **kwargs: Any) -> Tensor:
-        arguments = bind(type(self.module).forward, self.module, args, kwargs)
+        arguments = self._without_past(bind(type(self.module).forward, self.module, args, kwargs))
         sample = next(iter(arguments.values()))  # [B, C, (frames,) H, W]
         started, counted = perf_counter(), self._comm.meter.totals()
         with torch.no_grad():
@@ -188,6 +189,18 @@ class _ParallelHalf(Layer):
         if torch.is_grad_enabled():
             whole = _NoGradient.apply(whole, sample, next(self.module.parameters()))  # type: ignore[no-untyped-call]
         return whole
+
+    def _without_past(self, arguments: dict[str, Any]) -> dict[str, Any]:
+        """See `Half.without_past`. A VAE makes a new list for each picture, so that frames one by one are noticed."""
+        past = arguments.get("feat_cache")
+        if past is not None and past is self._left_out:
+            raise UnsupportedModel(
+                f"{type(self._half.vae).__name__} was given the frames of a video as tensors of their own: {self.key} "
+                f"took the first one for a picture; call {self._half.kind} with all frames"
+            )
+        found = self._half.without_past(arguments)
+        self._left_out = past if found is not arguments else None
+        return found
 
     def _whole(self, sample: Tensor, arguments: dict[str, Any]) -> Tensor:
         half, comm = self._half, self._comm
