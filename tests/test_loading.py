@@ -16,9 +16,10 @@ import distrifusion as df
 from distrifusion import weights
 from distrifusion.comm import Comm
 from distrifusion.layers.slices import own_features
-from distrifusion.loading import read, readings_of
+from distrifusion.loading import read
 from distrifusion.mesh import Mesh
 from distrifusion.planner.memory import LIBRARIES
+from distrifusion.reading import readings_of
 from distrifusion.strategies.holding import holding
 from models import build as build_unet
 from pipelines import NUMPY_WARNINGS, sample, sd, unet

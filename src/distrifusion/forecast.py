@@ -45,7 +45,8 @@ def forecast(
     """
     import torch
 
-    from .loading import readings_of, weights_budget
+    from .loading import weights_budget
+    from .reading import readings_of
     from .strategies.holding import shares_model
 
     numbers = getattr(torch, dtype or found.dtype or "float32")

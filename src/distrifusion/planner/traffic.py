@@ -10,7 +10,6 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
-from itertools import pairwise
 from math import ceil, prod
 
 from ..config import ParallelConfig
@@ -236,10 +235,8 @@ class _Rank:
 
     def _share(self, count: int) -> int:
         """Tokens of ``count`` that this rank computes for all, in proportion to its rows; 0 where all compute all."""
-        split = self._levels.splits[-1]
-        ends = [count * bound // split.size for bound in split.bounds]
-        shares = [end - start for start, end in pairwise(ends)]
-        return shares[self.patch] if min(shares) else 0
+        shares = self._levels.splits[-1].shares(count)
+        return 0 if shares is None else shares.sizes[self.patch]
 
     def _rows_for(self, seam: Conv | Upsampling | Context, peer: int) -> int:
         """How many of the own rows ``peer`` reads."""
