@@ -19,7 +19,7 @@ from pipelines import NUMPY_WARNINGS, controlnet, picture, sample, sd
 from transformers_cross import CROSS
 from transformers_joint import JOINT
 from transformers_tiny import build as build_tiny
-from transformers_tiny import noise
+from transformers_tiny import build_double, doubled, noise
 
 EXACT = 1e-5  # another order of float32 sums; see test_layers.py
 
@@ -253,10 +253,10 @@ def test_two_calls_per_step_on_two_halves_change_rows_together(until: int, after
 
     From step ``until`` on there is one call only: without a last call of a step before that, the rows stay.
     """
-    texts = noise(1, 5, 6), noise(1, 5, 6, seed=78)
+    texts = noise(1, 5, 6).double(), noise(1, 5, 6, seed=78).double()  # guidance multiplies float32's rounding
 
     def guided(model: Any) -> tuple[Tensor, list[Any]]:
-        arguments = JOINT["sd3"].arguments(1, 12, 5)
+        arguments = doubled(JOINT["sd3"].arguments(1, 12, 5))
         now, rows = arguments.pop("hidden_states"), []
         for step in range(5):
             time = torch.full((1,), 900.0 - 100 * step)
@@ -269,10 +269,10 @@ def test_two_calls_per_step_on_two_halves_change_rows_together(until: int, after
             rows.append(df.report(model).patches)
         return now, rows
 
-    truth, _ = guided(build_tiny(JOINT["sd3"]))
+    truth, _ = guided(build_double(JOINT["sd3"]))
 
     def rank(comm: Comm) -> Any:
-        model = df.parallelize(build_tiny(JOINT["sd3"]), measured(cfg=2), comm)
+        model = df.parallelize(build_double(JOINT["sd3"]), measured(cfg=2), comm)
         on_its_own_time(model, 3.0 if comm.rank == 4 else 1.0, probe="pos_embed", dim=1)
         return guided(model)
 

@@ -335,7 +335,7 @@ def test_ranks_agree_or_all_hear_why_not() -> None:
 class SlowPainter:
     """Loads at the pace of its rank, and not at all from "nothing"."""
 
-    def __init__(self, setup: Setup) -> None:
+    def __init__(self, setup: Setup, *_: int) -> None:
         rank, what = setup.path.split()
         time.sleep(0.3 * int(rank))
         if what == "nothing":

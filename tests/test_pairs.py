@@ -13,11 +13,11 @@ import distrifusion as df
 from distrifusion.strategies.later import Later
 from models import distance
 from transformers_joint import JOINT
-from transformers_tiny import build, noise
+from transformers_tiny import build_double, doubled, noise
 
-EXACT = 1e-5  # see test_transformers.py
+EXACT = 1e-12  # in float64: guidance and steps multiply float32's rounding, which would reach 1e-5 by itself
 STEPS = 5
-TEXTS = noise(1, 5, 6), noise(1, 5, 6, seed=78)
+TEXTS = noise(1, 5, 6).double(), noise(1, 5, 6, seed=78).double()
 Read = Callable[[Tensor], Tensor]
 
 
@@ -27,7 +27,7 @@ def guided(model: Any, *, read: Read = lambda first: first, until: int = STEPS) 
     ``read`` is what they do with the first prediction before the second call, ``until`` the step from which on there is
     no second.
     """
-    arguments = JOINT["sd3"].arguments(1, 7, 5)
+    arguments = doubled(JOINT["sd3"].arguments(1, 7, 5))
     latents = arguments.pop("hidden_states")
     for step in range(STEPS):
         time = torch.full((1,), 900.0 - 100 * step)
@@ -52,10 +52,12 @@ WAYS: dict[str, dict[str, Any]] = {
 @pytest.mark.parametrize("way", WAYS)
 @pytest.mark.parametrize("world", [2, 4, 6])
 def test_two_calls_on_two_halves_equal_one_device(way: str, world: int) -> None:
-    truth = guided(build(JOINT["sd3"]), **WAYS[way])
+    truth = guided(build_double(JOINT["sd3"]), **WAYS[way])
 
     def rank(comm: Any) -> Tensor:
-        return guided(df.parallelize(build(JOINT["sd3"]), df.ParallelConfig(strategy="sync", cfg=2), comm), **WAYS[way])
+        return guided(
+            df.parallelize(build_double(JOINT["sd3"]), df.ParallelConfig(strategy="sync", cfg=2), comm), **WAYS[way]
+        )
 
     for result in df.run_ranks(world, rank):
         assert type(result) is Tensor
@@ -70,7 +72,7 @@ def test_each_half_computes_its_own_call(way: str, first_half: int, second_half:
     """After the first step, in which nobody knows yet how many calls there are, a half computes one call of two."""
 
     def rank(comm: Any) -> tuple[int, int]:
-        model = df.parallelize(build(JOINT["sd3"]), df.ParallelConfig(strategy="sync", cfg=2), comm)
+        model = df.parallelize(build_double(JOINT["sd3"]), df.ParallelConfig(strategy="sync", cfg=2), comm)
         runs: list[int] = []
         model.transformer_blocks[0].register_forward_hook(lambda *_: runs.append(1))
         guided(model, **WAYS[way])
@@ -81,17 +83,17 @@ def test_each_half_computes_its_own_call(way: str, first_half: int, second_half:
 
 def test_displaced_keeps_a_state_per_call() -> None:
     """With a held input, and with warm-up as long as the run, displaced halves equal one device."""
-    truth = guided(build(JOINT["sd3"]), **WAYS["plain"])
+    truth = guided(build_double(JOINT["sd3"]), **WAYS["plain"])
     config = df.ParallelConfig(strategy="displaced", cfg=2, warmup_steps=STEPS)
-    for result in df.run_ranks(4, lambda comm: guided(df.parallelize(build(JOINT["sd3"]), config, comm))):
+    for result in df.run_ranks(4, lambda comm: guided(df.parallelize(build_double(JOINT["sd3"]), config, comm))):
         assert distance(result, truth) <= EXACT
 
-    arguments = JOINT["sd3"].arguments(1, 7, 5)
-    wanted = [build(JOINT["sd3"])(**{**arguments, "encoder_hidden_states": text})[0] for text in TEXTS]
+    arguments = doubled(JOINT["sd3"].arguments(1, 7, 5))
+    wanted = [build_double(JOINT["sd3"])(**{**arguments, "encoder_hidden_states": text})[0] for text in TEXTS]
     late = df.ParallelConfig(strategy="displaced", cfg=2, warmup_steps=0)
 
     def rank(comm: Any) -> Any:
-        model = df.parallelize(build(JOINT["sd3"]), late, comm)
+        model = df.parallelize(build_double(JOINT["sd3"]), late, comm)
         for _ in range(4):
             made = [model(**{**arguments, "encoder_hidden_states": text})[0] for text in TEXTS]
         return [each + 0 for each in made], df.report(model).kinds
@@ -107,7 +109,7 @@ def test_all_ranks_have_one_picture_however_the_calls_come() -> None:
     for way in WAYS:
 
         def rank(comm: Any, way: str = way) -> Tensor:
-            return guided(df.parallelize(build(JOINT["sd3"]), config, comm), **WAYS[way])
+            return guided(df.parallelize(build_double(JOINT["sd3"]), config, comm), **WAYS[way])
 
         first, *others = df.run_ranks(4, rank)
         assert first.isfinite().all()

@@ -56,6 +56,19 @@ def build(tiny: Tiny) -> Any:
         return copy.deepcopy(_built(tiny.build))
 
 
+def build_double(tiny: Tiny) -> Any:
+    """The same in float64."""
+    return build(tiny).double()
+
+
+def doubled(arguments: dict[str, Any]) -> dict[str, Any]:
+    """Arguments in float64, where they are in float32."""
+    return {
+        name: value.double() if isinstance(value, Tensor) and value.dtype == torch.float32 else value
+        for name, value in arguments.items()
+    }
+
+
 def positions(rows: int, cols: int) -> Tensor:
     """Positions ``[rows * cols, 3]`` of image tokens."""
     row, col = torch.meshgrid(torch.arange(rows), torch.arange(cols), indexing="ij")

@@ -26,7 +26,7 @@ class Case:
     """One way to paint all prompts. ``strategy`` None is one device, which the others are measured against.
 
     ``warmup_steps`` and ``group_norm`` are None where the strategy has no such setting; ``codec``, ``context_window``,
-    ``shift``, ``overlap`` and ``patches`` also where they were not asked for.
+    ``shift``, ``overlap`` and ``streamed``, the ``patches`` of the configuration, also where they were not asked for.
     """
 
     strategy: StrategyName | None
@@ -40,7 +40,7 @@ class Case:
     context_window: float | None = None
     shift: str | int | None = None
     overlap: int | None = None
-    patches: int | None = None
+    streamed: int | None = None
 
     @property
     def name(self) -> str:
@@ -54,7 +54,7 @@ class Case:
         parts += [f"window-{self.context_window:g}"] if self.context_window is not None else []
         parts += [f"shift-{self.shift}"] if self.shift is not None else []
         parts += [f"overlap-{self.overlap}"] if self.overlap is not None else []
-        parts += [f"patches-{self.patches}"] if self.patches is not None else []
+        parts += [f"patches-{self.streamed}"] if self.streamed is not None else []
         parts += ["cols"] if self.split == "cols" else []
         return "-".join(parts + (["cfg-2"] if self.cfg == 2 else []))
 
@@ -70,7 +70,7 @@ class Case:
         parts += [f"window {self.context_window:g}"] if self.context_window is not None else []
         parts += [f"shift {self.shift}"] if self.shift is not None else []
         parts += [f"overlap {self.overlap}"] if self.overlap is not None else []
-        parts += [f"{self.patches} patches"] if self.patches is not None else []
+        parts += [f"{self.streamed} patches"] if self.streamed is not None else []
         parts += ["cols"] if self.split == "cols" else []
         return ", ".join(parts + (["cfg 2"] if self.cfg == 2 else []))
 
@@ -82,8 +82,8 @@ class Case:
             ConfigError: a value that cannot be.
         """
         assert self.strategy is not None, "one device spreads nothing"
-        names = ("warmup_steps", "group_norm", "codec", "context_window", "shift", "overlap", "patches")
-        given = {name: getattr(self, name) for name in names}
+        names = ("warmup_steps", "group_norm", "codec", "context_window", "shift", "overlap")
+        given = {"patches": self.streamed} | {name: getattr(self, name) for name in names}
         chosen: dict[str, Any] = {name: value for name, value in given.items() if value is not None}
         if self.strategy == "shifted":
             chosen["latents"] = "whole"  # the same pictures, and one rank alone may look at them after each step
@@ -101,7 +101,7 @@ class Case:
         codec = sorted(map(CODECS.index, self.config.codecs.values())) if self.strategy is not None else []
         window = 2.0 if self.context_window is None else self.context_window
         first = (self.steps, place, self.world, self.warmup_steps or 0, self.group_norm or "")
-        moved = str(self.shift or ""), self.overlap or 0, self.patches or 0
+        moved = str(self.shift or ""), self.overlap or 0, self.streamed or 0
         return *first, codec, self.codec or "", -window, *moved, self.split, self.cfg
 
 
@@ -139,7 +139,7 @@ def cases_for(
         extra |= {"group_norm": norm} if strategy == "displaced" else {}
         extra |= {"codec": codec, "context_window": window} if strategy not in UNCODED else {}
         extra |= moved if strategy == "shifted" else {}
-        extra |= {"patches": streamed} if strategy == "pipelined" else {}
+        extra |= {"streamed": streamed} if strategy == "pipelined" else {}
         found[Case(strategy, count, world, split=split, cfg=cfg, **extra)] = None  # type: ignore[arg-type]
     return tuple(sorted(found, key=lambda case: case.order))
 
