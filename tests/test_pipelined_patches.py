@@ -73,7 +73,6 @@ def check(ran: list[tuple[list[Tensor], Report]], make: Any, given: list[Any], t
 @pytest.mark.parametrize(
     ("name", "pipe", "patch", "size", "settings"),
     [
-        ("sd15", 2, 2, (18, 12), {}),
         ("sdxl", 3, 2, (17, 10), {"split": "cols", "warmup_steps": 1}),
         ("sd15", 2, 3, (9, 8), {}),
         ("sd21", 2, 2, (18, 8), {"balance": (3, 1)}),
