@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,8 @@ import pytest
 import torch
 
 import distrifusion as df
-from distrifusion.bench import memory, plot
+from distrifusion import joined
+from distrifusion.bench import command, memory, plot
 from distrifusion.bench.measure import Bench, Timing
 from distrifusion.bench.memory import PeakMemory
 from distrifusion.bench.plan import Case, Plan, cases_for, parse_sizes
@@ -20,6 +22,7 @@ from distrifusion.bench.start import measure
 from distrifusion.bench.summary import summary, table
 from distrifusion.bench.workload import SHAPES, VAES, check_name, load
 from distrifusion.cli import run
+from distrifusion.comm import Comm
 
 DISTRIFUSION = ["-m", "distrifusion", "bench"]
 TORCHRUN = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
@@ -309,13 +312,23 @@ def test_under_torchrun_the_given_ranks_join() -> None:
     assert [row["world"] for row in rows if row["strategy"]] == [1, 2]
 
 
-def test_under_torchrun_a_world_that_was_not_started_is_refused_once() -> None:
-    words = [*TORCHRUN, *DISTRIFUSION, *SHORT, "--world", "3"]
-    done = subprocess.run([sys.executable, *words], capture_output=True, text=True, timeout=300)
-    assert done.returncode != 0
-    errors = [line for line in done.stderr.splitlines() if line.startswith("error:")]
-    assert errors == ["error: --world 3 where torchrun has started 2 ranks: start more"]
-    assert done.stdout == ""
+def test_a_world_that_torchrun_has_not_started_is_refused_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    mine = threading.local()
+    monkeypatch.setattr(joined, "connect", lambda *_: mine.comm)
+    given: dict[str, Any] = {"model": "sdxl-mini", "worlds": [3], "batch": 1, "rounds": 1, "steps": 1}
+    lists: dict[str, Any] = {name: [] for name in ("strategies", "codecs", "patches", "sizes")}
+    unset = dict.fromkeys(("context_window", "balance", "blocks", "height", "width", "plot", "trace"))
+    order = command.Order(**given, **lists, **unset, dtype="float32", device="cpu")
+
+    def rank(comm: Comm) -> BaseException:
+        mine.comm = comm
+        with pytest.raises((df.ConfigError, SystemExit)) as caught:
+            command._joined(order, quiet=True)
+        return caught.value
+
+    first, second = df.run_ranks(2, rank)
+    assert str(first) == "--world 3 where torchrun has started 2 ranks: start more"
+    assert isinstance(second, SystemExit)
 
 
 def test_unknown_shape_is_refused_by_name() -> None:

@@ -373,7 +373,8 @@ def test_what_cannot_fit_is_refused_with_the_numbers(tiny: Path) -> None:
     assert Budget(20, 4, 3, 2).room == int(11 / 1.1)
 
 
-def test_a_budget_that_some_rank_cannot_keep_is_refused_on_all() -> None:
+def test_a_budget_that_some_rank_cannot_keep_is_refused_on_all(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("distrifusion.strategies.budget.CHUNKS", (1 << 20,))  # one rehearsal
     x, settings = latents("sdxl", 1, 8, 8), conditioning("sdxl", 1)
     limit = LIBRARIES + sum(weight.numel() * 4 for weight in build("sdxl").parameters()) + 5_000
 

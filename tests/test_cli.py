@@ -225,11 +225,11 @@ def test_models_lists_what_is_supported(capsys: pytest.CaptureFixture[str]) -> N
     assert "UNet2DConditionModel" in capsys.readouterr().out
 
 
-def test_generate_paints_on_two_processes_and_json_is_alone_on_stdout(tiny: Path, tmp_path: Path) -> None:
+def test_generate_paints_a_tile_on_two_processes_and_json_is_alone_on_stdout(tiny: Path, tmp_path: Path) -> None:
     file = tmp_path / "out.png"
-    words = ["generate", "a lake", "--model", str(tiny), "--nproc", "2", "--strategy", "sync", "--steps", "2"]
+    words = ["generate", "<moss>", "--tile", "--model", str(tiny), "--nproc", "2", "--strategy", "sync", "--steps", "2"]
     done = subprocess.run(
-        [*DISTRIFUSION, *words, "--height", "40", "--json", "-o", str(file)],
+        [*DISTRIFUSION, *words, "--height", "48", "--json", "-o", str(file)],
         capture_output=True,
         text=True,
         timeout=120,
@@ -238,26 +238,16 @@ def test_generate_paints_on_two_processes_and_json_is_alone_on_stdout(tiny: Path
     facts = json.loads(done.stdout)
     assert done.stdout.count("\n") == 1
     assert facts["file"] == str(file)
-    assert (facts["height"], facts["width"], facts["seed"], facts["world"]) == (40, 32, 0, 2)
-    assert (facts["strategy"], facts["patches"], facts["steps"]) == ("sync", [10, 10], {"sync": 2})
+    assert (facts["height"], facts["width"], facts["seed"], facts["world"]) == (48, 32, 0, 2)
+    assert (facts["strategy"], facts["patches"], facts["steps"]) == ("sync", [12, 12], {"sync": 2})
     assert facts["seconds"] > 2 * facts["seconds_per_step"] > 0
     assert facts["bytes_per_step"] > 0
     with Image.open(file) as image:
-        assert image.size == (32, 40)
-    assert list(tmp_path.iterdir()) == [file]
-
-
-def test_a_tile_comes_with_a_page_that_repeats_it(tiny: Path, tmp_path: Path) -> None:
-    words = ["generate", "<moss>", "--model", str(tiny), "--steps", "2", "--tile", "--json"]
-    done = subprocess.run(
-        [*DISTRIFUSION, *words, "-o", str(tmp_path / "moss.png")], capture_output=True, text=True, timeout=120
-    )
-    assert (done.returncode, done.stderr) == (0, "")
-    facts = json.loads(done.stdout)
-    assert facts["page"] == str(tmp_path / "moss.html")
+        assert image.size == (32, 48)
     assert "topology=torus" in facts["notes"]
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["moss.html", "moss.png"]
-    assert "<title>&lt;moss&gt;</title>" in (tmp_path / "moss.html").read_text()
+    assert facts["page"] == str(tmp_path / "out.html")  # which repeats it
+    assert "<title>&lt;moss&gt;</title>" in (tmp_path / "out.html").read_text()
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["out.html", "out.png"]
 
 
 def test_a_panorama_is_wide_and_its_left_meets_its_right(monkeypatch: pytest.MonkeyPatch) -> None:
