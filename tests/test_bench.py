@@ -315,6 +315,7 @@ def test_under_torchrun_the_given_ranks_join() -> None:
 def test_a_world_that_torchrun_has_not_started_is_refused_once(monkeypatch: pytest.MonkeyPatch) -> None:
     mine = threading.local()
     monkeypatch.setattr(joined, "connect", lambda *_: mine.comm)
+    monkeypatch.setattr(joined, "SPEAK", 0.0)
     given: dict[str, Any] = {"model": "sdxl-mini", "worlds": [3], "batch": 1, "rounds": 1, "steps": 1}
     lists: dict[str, Any] = {name: [] for name in ("strategies", "codecs", "patches", "sizes")}
     unset = dict.fromkeys(("context_window", "balance", "blocks", "height", "width", "plot", "trace"))

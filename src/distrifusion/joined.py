@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 T = TypeVar("T")
 
 POLL = 0.5  # seconds between two looks at who has loaded
+SPEAK = 3.0  # seconds that rank 0 has to say what is wrong: torchrun ends all ranks when the first one is gone
 
 
 def connect(device: str, timeout: float | None = None) -> Comm:
@@ -50,6 +51,7 @@ def one_voice(comm: Comm) -> Iterator[None]:
     except (DistrifusionError, KeyboardInterrupt) as error:
         if comm.rank == 0 or os.environ.get("DISTRIFUSION_TRACEBACK") == "1":
             raise
+        time.sleep(SPEAK)
         raise SystemExit(1) from error
     except Exception as error:
         raise DistrifusionError(f"rank {comm.rank}: {type(error).__name__}: {error}") from error
