@@ -384,7 +384,7 @@ def test_a_budget_that_some_rank_cannot_keep_is_refused_on_all(monkeypatch: pyte
             model(x, 321, **settings)
         return str(caught.value)
 
-    assert len(set(df.run_ranks(3, rank))) == 1
+    assert len(set(df.run_ranks(2, rank))) == 1
 
 
 @pytest.mark.parametrize(

@@ -83,7 +83,7 @@ def test_all_ranks_end_with_the_same_whole_picture(config: df.ParallelConfig, wo
 @every
 def test_calls_one_after_the_other_give_what_each_gives_alone(config: df.ParallelConfig, world: int) -> None:
     """Other sizes, prompts, guidance; the second of two like calls starts anew."""
-    calls = [first, other, unguided, first, first]
+    calls = [first, first, other, unguided]
     for results in on_ranks(config, world, *calls):
         for result, call in zip(results, calls, strict=True):
             assert distance(result, alone(config, world, call)) <= EXACT
