@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 import pytest
+import torch
 
 from process_pool import Processes, ProcessPool, Threads
 
@@ -21,3 +22,12 @@ def pool() -> Iterator[ProcessPool]:
 def ranks(request: pytest.FixtureRequest) -> Threads | Processes:
     """Both kinds of ranks: ``ranks.run(world, fn, *args) -> [fn(comm, *args) of each rank]``."""
     return Threads() if request.param == "threads" else Processes(request.getfixturevalue("pool"))
+
+
+@pytest.fixture
+def unread_memory_is_nan() -> Iterator[None]:
+    """Units of other stages give tensors with anything inside where nobody reads them: here, with NaN."""
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    assert torch.utils.deterministic.fill_uninitialized_memory
+    yield
+    torch.use_deterministic_algorithms(False)

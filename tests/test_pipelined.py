@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -13,19 +12,13 @@ import distrifusion as df
 from async_reference import AsyncReference
 from distrifusion.comm import Comm, Meter
 from distrifusion.metrics import Report
+from losses import check_a_lost_rank_is_lost_to_all
 from models import SHAPES, build, conditioning, distance, latents
+
+pytestmark = pytest.mark.usefixtures("unread_memory_is_nan")
 
 EXACT = 1e-5  # another order of float32 sums; the arithmetic of a unit is that of one device
 OTHER = 1e-3  # what values of the step before change at least
-
-
-@pytest.fixture(autouse=True)
-def _unread_memory_is_nan() -> Iterator[None]:
-    """Units of other stages give tensors with anything inside where nobody reads them: here, with NaN."""
-    torch.use_deterministic_algorithms(True)
-    assert torch.utils.deterministic.fill_uninitialized_memory
-    yield
-    torch.use_deterministic_algorithms(False)
 
 
 def pipelined(**settings: Any) -> df.ParallelConfig:
@@ -327,25 +320,10 @@ def test_an_error_inside_a_step_leaves_the_model_usable() -> None:
 
 
 def test_a_lost_stage_is_lost_to_all() -> None:
-    name = "sd15"
-    sample, arguments = latents(name), conditioning(name)
-    heard: dict[int, str] = {}
-
-    def rank(comm: Comm) -> None:
-        model = df.parallelize(build(name), pipelined(), comm)
-        for _ in range(2):
-            model(sample, 500, **arguments)
-        if comm.rank == 1:
-            raise ArithmeticError("only here")
-        try:
-            model(sample, 500, **arguments)
-        except df.PeerLost as loss:
-            heard[comm.rank] = str(loss)
-
-    with pytest.raises(ArithmeticError, match="only here"):
-        df.run_ranks(4, rank, timeout=20)
-    assert sorted(heard) == [0, 2, 3]
-    assert all("rank 1 failed: ArithmeticError: only here" in message for message in heard.values())
+    sample, arguments = latents("sd15"), conditioning("sd15")
+    check_a_lost_rank_is_lost_to_all(
+        lambda: build("sd15"), pipelined(), 4, lambda model: model(sample, 500, **arguments), num_calls=2
+    )
 
 
 def runs_on_processes(comm: Comm, name: str, num: int) -> tuple[list[Tensor], Report]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -13,6 +12,7 @@ import distrifusion as df
 from async_reference import AsyncReference
 from distrifusion.comm import Comm, Meter
 from distrifusion.metrics import Report
+from losses import check_a_lost_rank_is_lost_to_all
 from models import build, conditioning, distance, latents
 from test_pipelined import skips
 from test_pipelined_transformers import calls, whole
@@ -22,15 +22,10 @@ from transformers_tiny import build as build_tiny
 EXACT = 1e-5  # see test_pipelined.py
 OTHER = 1e-3
 
-pytestmark = pytest.mark.filterwarnings("ignore:`FluxPosEmbed` is deprecated:FutureWarning")
-
-
-@pytest.fixture(autouse=True)
-def _unread_memory_is_nan() -> Iterator[None]:
-    """See test_pipelined.py."""
-    torch.use_deterministic_algorithms(True, warn_only=True)
-    yield
-    torch.use_deterministic_algorithms(False)
+pytestmark = [
+    pytest.mark.usefixtures("unread_memory_is_nan"),
+    pytest.mark.filterwarnings("ignore:`FluxPosEmbed` is deprecated:FutureWarning"),
+]
 
 
 def hybrid(**settings: Any) -> df.ParallelConfig:
@@ -144,22 +139,10 @@ def test_patches_talk_within_a_stage_and_stages_within_a_patch() -> None:
 
 def test_a_lost_rank_is_lost_to_all() -> None:
     sample, arguments = latents("sd15"), conditioning("sd15")
-    heard: dict[int, str] = {}
-
-    def rank(comm: Comm) -> None:
-        model = df.parallelize(build("sd15"), hybrid(pipe=2, patch=2), comm)
-        for _ in range(2):
-            model(sample, 500, **arguments)
-        if comm.rank == 1:
-            raise ArithmeticError("only here")
-        try:
-            model(sample, 500, **arguments)
-        except df.PeerLost as loss:
-            heard[comm.rank] = str(loss)
-
-    with pytest.raises(ArithmeticError, match="only here"):
-        df.run_ranks(4, rank, timeout=20)
-    assert sorted(heard) == [0, 2, 3]
+    config = hybrid(pipe=2, patch=2)
+    check_a_lost_rank_is_lost_to_all(
+        lambda: build("sd15"), config, 4, lambda model: model(sample, 500, **arguments), num_calls=2
+    )
 
 
 @pytest.mark.parametrize(

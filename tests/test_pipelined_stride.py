@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -16,22 +15,17 @@ from distrifusion.comm import Comm
 from distrifusion.metrics import Report
 from distrifusion.models import table_for
 from distrifusion.strategies.denoiser import ParallelDenoiser
+from losses import check_a_lost_rank_is_lost_to_all
 from models import build, conditioning, distance, latents
 from pipelines import sample, sd
 from test_pipelined_transformers import calls, whole
 from test_transformers import MODELS, first
 from transformers_tiny import build as build_tiny
 
+pytestmark = pytest.mark.usefixtures("unread_memory_is_nan")
+
 EXACT = 1e-5  # see test_pipelined.py
 OTHER = 1e-3
-
-
-@pytest.fixture(autouse=True)
-def _unread_memory_is_nan() -> Iterator[None]:
-    """See test_pipelined.py."""
-    torch.use_deterministic_algorithms(True)
-    yield
-    torch.use_deterministic_algorithms(False)
 
 
 def strided(**settings: Any) -> df.ParallelConfig:
@@ -143,18 +137,6 @@ def test_a_pipeline_is_exact_while_it_warms_up_and_the_same_on_all_ranks_after()
 
 def test_a_lost_stage_is_lost_to_all() -> None:
     given, arguments = latents("sd15"), conditioning("sd15")
-    heard: list[int] = []
-
-    def rank(comm: Comm) -> None:
-        model = df.parallelize(build("sd15"), strided(), comm)
-        for _ in range(3):
-            model(given, 500, **arguments)
-        if comm.rank == 2:
-            raise ArithmeticError("only here")
-        with pytest.raises(df.PeerLost):
-            model(given, 500, **arguments)
-        heard.append(comm.rank)
-
-    with pytest.raises(ArithmeticError, match="only here"):
-        df.run_ranks(3, rank, timeout=20)
-    assert sorted(heard) == [0, 1]
+    check_a_lost_rank_is_lost_to_all(
+        lambda: build("sd15"), strided(), 3, lambda model: model(given, 500, **arguments), num_calls=3
+    )

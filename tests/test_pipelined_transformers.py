@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -16,15 +15,10 @@ from models import distance
 from test_transformers import COLS, EXACT, MODELS, ROWS, first
 from transformers_tiny import build
 
-pytestmark = pytest.mark.filterwarnings("ignore:`FluxPosEmbed` is deprecated:FutureWarning")
-
-
-@pytest.fixture(autouse=True)
-def _unread_memory_is_nan() -> Iterator[None]:
-    """See test_pipelined.py."""
-    torch.use_deterministic_algorithms(True, warn_only=True)
-    yield
-    torch.use_deterministic_algorithms(False)
+pytestmark = [
+    pytest.mark.usefixtures("unread_memory_is_nan"),
+    pytest.mark.filterwarnings("ignore:`FluxPosEmbed` is deprecated:FutureWarning"),
+]
 
 
 def calls(name: str, num: int) -> list[dict[str, Any]]:

@@ -13,6 +13,7 @@ import distrifusion as df
 from distrifusion.comm import Comm, Meter, Tracer
 from distrifusion.config import BUILT
 from distrifusion.metrics import Report
+from losses import check_a_lost_rank_is_lost_to_all
 from models import SHAPES, build, conditioning, distance, latents
 from pipelines import drawing
 from reference import DisplacedReference, owners
@@ -453,24 +454,10 @@ def test_an_error_inside_a_step_leaves_the_model_usable(failing_call: int) -> No
 
 
 def test_a_rank_that_fails_alone_frees_the_others() -> None:
-    name = "sd15"
-    sample, arguments = latents(name, 1, 16, 16), conditioning(name)
-    heard: dict[int, str] = {}
-
-    def rank(comm: Comm) -> None:
-        model = df.parallelize(build(name), displaced(), comm)
-        model(sample, 500, **arguments)
-        if comm.rank == 1:
-            raise ArithmeticError("only here")
-        try:
-            model(sample, 500, **arguments)
-        except df.PeerLost as loss:
-            heard[comm.rank] = str(loss)
-
-    with pytest.raises(ArithmeticError, match="only here"):
-        df.run_ranks(3, rank, timeout=20)
-    assert sorted(heard) == [0, 2]
-    assert all("rank 1 failed: ArithmeticError: only here" in message for message in heard.values())
+    sample, arguments = latents("sd15", 1, 16, 16), conditioning("sd15")
+    check_a_lost_rank_is_lost_to_all(
+        lambda: build("sd15"), displaced(), 3, lambda model: model(sample, 500, **arguments), num_calls=1
+    )
 
 
 def test_two_models_with_two_configurations_live_side_by_side() -> None:

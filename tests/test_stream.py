@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -31,15 +30,11 @@ from test_transformers import COLS, EXACT, MODELS, ROWS, first
 from tiny_folders import save
 from transformers_tiny import build
 
-pytestmark = [*NUMPY_WARNINGS, pytest.mark.filterwarnings("ignore:`FluxPosEmbed` is deprecated:FutureWarning")]
-
-
-@pytest.fixture(autouse=True)
-def _unread_memory_is_nan() -> Iterator[None]:
-    """See test_pipelined.py."""
-    torch.use_deterministic_algorithms(True, warn_only=True)
-    yield
-    torch.use_deterministic_algorithms(False)
+pytestmark = [
+    pytest.mark.usefixtures("unread_memory_is_nan"),
+    *NUMPY_WARNINGS,
+    pytest.mark.filterwarnings("ignore:`FluxPosEmbed` is deprecated:FutureWarning"),
+]
 
 
 def streamed(**settings: Any) -> df.ParallelConfig:

@@ -51,7 +51,8 @@ def one_voice(comm: Comm) -> Iterator[None]:
     except (DistrifusionError, KeyboardInterrupt) as error:
         if comm.rank == 0 or os.environ.get("DISTRIFUSION_TRACEBACK") == "1":
             raise
-        time.sleep(SPEAK)
+        if isinstance(error, DistrifusionError):
+            time.sleep(SPEAK)
         raise SystemExit(1) from error
     except Exception as error:
         raise DistrifusionError(f"rank {comm.rank}: {type(error).__name__}: {error}") from error
