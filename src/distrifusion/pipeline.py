@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import weakref
 from collections.abc import Callable
 from typing import Any, TypeVar
 
@@ -17,7 +16,16 @@ from .errors import ConfigError, UnsupportedModel
 from .footprint import give_back_at_once, weight_bytes
 from .mesh import Mesh
 from .metrics import Report
-from .models import controlnet_table, is_known, known_ends, table_for, vae_halves
+from .models import controlnet_table, known_ends, table_for, vae_halves
+from .parts import (
+    compiled_wrapper,
+    controlnets_of,
+    denoisers_of,
+    models_of,
+    text_encoders_of,
+    timesteps_of,
+    vae_of,
+)
 from .planner.memory import LIBRARIES, Budget
 from .strategies.agreement import agree
 from .strategies.balance import Balance
@@ -29,9 +37,6 @@ from .strategies.guidance import Guidance
 from .strategies.vae import ParallelVAE
 
 T = TypeVar("T")
-
-DENOISERS = ("unet", "transformer", "transformer_2")
-"""Components of a pipeline that predict the noise."""
 
 READ = "_distrifusion_read"
 """The attribute of a denoiser that says how its weights were read: see loading.py."""
@@ -61,8 +66,8 @@ def parallelize(target: T, config: ParallelConfig | None = None, comm: Comm | No
         RanksDisagree: the ranks have different configurations.
     """
     config = config if config is not None else ParallelConfig()
-    models, vae = _denoisers(target), _vae(target)
-    for model in [*models, *_controlnets(target)]:
+    models, vae = denoisers_of(target), vae_of(target)
+    for model in [*models, *controlnets_of(target)]:
         if hasattr(model, _MARK):
             raise ConfigError(f"this {type(model).__name__} is parallel already; call df.restore first")
     if comm is None:
@@ -77,14 +82,14 @@ def parallelize(target: T, config: ParallelConfig | None = None, comm: Comm | No
     agree(comm, {"configuration": str(config)})  # before ranks act on other ones in another order
     mesh = Mesh.fit(config, comm.world)
     guidance = Guidance(mesh, comm)
-    timesteps = _timesteps_of(target)
+    timesteps = timesteps_of(target)
     budget = _budget(target, models or [vae], config, comm, mesh)
     is_shared = hasattr(vae, _MARK)
     try:
         whole = _spread_vae(vae, config, comm, timesteps, budget, is_target=not models)
         agree(comm, {"VAE": "; ".join(whole) or "parallel"})  # or a rank with offload would leave the others to wait
         for model in models:
-            nets = [] if model is target else _controlnets(target)
+            nets = [] if model is target else controlnets_of(target)
             is_cut = config.strategy in ("pipelined", "tensor")  # into stages or slices, not patches
             tables = [None if is_cut else controlnet_table(net, model) for net in nets]
             notes = [*whole, *filter(None, [getattr(model, READ, "")])]
@@ -99,11 +104,11 @@ def parallelize(target: T, config: ParallelConfig | None = None, comm: Comm | No
                 feeders.append(ParallelDenoiser(table, config, comm, timesteps, **shared))
                 setattr(table.model, _MARK, feeders[-1])
             own = table_for(model)
-            shared |= {"wrapper": _compiled_wrapper(target, model), "conditions": conditions, "budget": budget}
+            shared |= {"wrapper": compiled_wrapper(target, model), "conditions": conditions, "budget": budget}
             parallel = ParallelDenoiser(own, config, comm, timesteps, feeders=feeders, notes=notes, **shared)
             setattr(model, _MARK, parallel)
     except Exception:
-        for model in [*models, *_controlnets(target), *([] if is_shared else [vae])]:
+        for model in [*models, *controlnets_of(target), *([] if is_shared else [vae])]:
             _take_back(model)
         raise
     if config.text_encoders != "every" and comm.world > 1:
@@ -117,7 +122,7 @@ def _share_encoders(target: Any, comm: Comm, is_freed: bool) -> None:
     Raises:
         RanksDisagree: ranks of which some have such hooks: one would wait for what another never says.
     """
-    encoders = {name: part for name, part in _text_encoders(target).items() if not hasattr(part, "_hf_hook")}
+    encoders = {name: part for name, part in text_encoders_of(target).items() if not hasattr(part, "_hf_hook")}
     # Another pipeline's may be shared already, as those of a refiner and its base.
     new = {name: part for name, part in encoders.items() if not hasattr(part, _SHARED)}
     agree(comm, {"text encoders that run once": ", ".join(new) or "none"})
@@ -133,8 +138,8 @@ def _check_ends(target: Any, config: ParallelConfig) -> None:
         UnsupportedModel: a T2I-Adapter, or a ControlNet of another kind than the U-Net's.
     """
     strangers = [getattr(target, "adapter", None)] if isinstance(target, DiffusionPipeline) else []
-    for model in _denoisers(target) if isinstance(target, DiffusionPipeline) else []:
-        strangers += [net for net in _controlnets(target) if controlnet_table(net, model) is None]
+    for model in denoisers_of(target) if isinstance(target, DiffusionPipeline) else []:
+        strangers += [net for net in controlnets_of(target) if controlnet_table(net, model) is None]
     for stranger in strangers:
         if stranger is not None:
             raise UnsupportedModel(
@@ -218,14 +223,14 @@ def restore(target: T) -> T:
     Raises:
         ConfigError: another library has wrapped the model since (offload or cache hooks): ours cannot be taken out.
     """
-    for model in _models(target):
+    for model in models_of(target):
         _take_back(model)
-    for encoder in _text_encoders(target).values():
+    for encoder in text_encoders_of(target).values():
         shared = getattr(encoder, _SHARED, None)
         if shared is not None:
             shared.detach()
             delattr(encoder, _SHARED)
-    _take_back(_vae(target))
+    _take_back(vae_of(target))
     return target
 
 
@@ -240,7 +245,7 @@ def _take_back(model: Any) -> None:
 
 def reset(target: Any) -> None:
     """The next call starts a new picture. Pipelines do this by themselves; loops over a bare denoiser may need it."""
-    for model in _models(target):
+    for model in models_of(target):
         parallel = getattr(model, _MARK, None)
         if parallel is not None:
             parallel.reset()
@@ -251,11 +256,11 @@ def report(target: Any) -> Report:
 
     Of a pipeline with two denoisers, such as Wan 2.2's: the steps of the first and then of the second.
     """
-    denoisers, own = _denoisers(target), getattr(_vae(target), _MARK, None)
+    denoisers, own = denoisers_of(target), getattr(vae_of(target), _MARK, None)
     vae: ParallelVAE | None = own
     parallels = [getattr(model, _MARK) for model in denoisers if hasattr(model, _MARK)]
     if parallels:
-        mark = _timesteps_of(target)()
+        mark = timesteps_of(target)()
         reports = [parallel.report for parallel in parallels if parallel.is_of(mark)] or [parallels[0].report]
         found: Report = functools.reduce(Report.then, reports[1:], reports[0].copy())
     else:
@@ -265,96 +270,6 @@ def report(target: Any) -> Report:
     budgets = [each.budget for each in (*parallels, vae) if each is not None and each.budget is not None]
     found.notes += budgets[0].lines if budgets else []
     return found
-
-
-def _models(target: Any) -> list[Any]:
-    """All that may be parallel of ``target``: denoisers, whose ControlNets go with them, and the VAE."""
-    vae = _vae(target)
-    return _denoisers(target) + ([vae] if vae is not None else [])
-
-
-def _vae(target: Any) -> Any:
-    """The VAE of a pipeline, or ``target`` where it is a VAE that is known; else None."""
-    if isinstance(target, DiffusionPipeline):
-        vae = getattr(target, "vae", None)
-        return _unwrapped(vae) if isinstance(vae, nn.Module) else None
-    model = _unwrapped(target) if isinstance(target, nn.Module) else None
-    return model if model is not None and vae_halves(model) is not None else None
-
-
-def _denoisers(target: Any) -> list[Any]:
-    """The denoisers of ``target`` that have a table; none where it is a VAE.
-
-    Raises:
-        UnsupportedModel: there is none; says what is known.
-    """
-    if isinstance(target, DiffusionPipeline):
-        found = [getattr(target, name, None) for name in DENOISERS]
-        models = [_unwrapped(model) for model in found if isinstance(model, nn.Module)]
-        if not models:
-            raise UnsupportedModel(
-                f"{type(target).__name__} has no denoiser by one of the names {', '.join(DENOISERS)}; "
-                "give the denoiser itself"
-            )
-        known = [model for model in models if is_known(model)]
-        if not known:
-            table_for(models[0])  # raises, with the list
-        return known
-    if isinstance(target, nn.Module):
-        model = _unwrapped(target)
-        if vae_halves(model) is not None:
-            return []
-        table_for(model)
-        return [model]
-    raise UnsupportedModel(f"{type(target).__name__} is neither a diffusers pipeline nor a denoiser nor a VAE")
-
-
-def _controlnets(target: Any) -> list[Any]:
-    """The ControlNets of a pipeline, each once."""
-    controlnet = getattr(target, "controlnet", None) if isinstance(target, DiffusionPipeline) else None
-    if not isinstance(controlnet, nn.Module):
-        return []
-    controlnet = _unwrapped(controlnet)
-    nets = [_unwrapped(net) for net in getattr(controlnet, "nets", None) or [controlnet]]
-    return list({id(net): net for net in nets}.values())
-
-
-def _text_encoders(target: Any) -> dict[str, nn.Module]:
-    """The text encoders of a pipeline, by name."""
-    if not isinstance(target, DiffusionPipeline):
-        return {}
-    found = {name: part for name, part in target.components.items() if name.startswith("text_encoder")}
-    return {name: _unwrapped(part) for name, part in sorted(found.items()) if isinstance(part, nn.Module)}
-
-
-def _compiled_wrapper(target: Any, model: nn.Module) -> Any:
-    """What ``torch.compile(model)`` made, if it is the target, or in the target."""
-    candidates = [target, *(getattr(target, name, None) for name in DENOISERS)]
-    return next((each for each in candidates if getattr(each, "_orig_mod", None) is model), None)
-
-
-def _unwrapped(model: nn.Module) -> nn.Module:
-    """The module below ``torch.compile``."""
-    original = getattr(model, "_orig_mod", model)
-    assert isinstance(original, nn.Module)
-    return original
-
-
-def _timesteps_of(target: Any) -> Callable[[], Any]:
-    """Asks the pipeline's present scheduler for its timesteps: ``set_timesteps`` makes a new tensor each time."""
-    if not isinstance(target, DiffusionPipeline):
-        return lambda: None
-    pipe = weakref.ref(target)
-    scheduler = getattr(target, "scheduler", None)
-
-    def timesteps() -> Any:
-        nonlocal scheduler
-        alive = pipe()
-        if alive is not None:  # else the pipelines that from_pipe made of it, which have its scheduler, live on
-            scheduler = getattr(alive, "scheduler", None)
-        return getattr(scheduler, "timesteps", None)
-
-    return timesteps
 
 
 def _comm_from_environment(target: Any, models: list[Any]) -> Comm | None:

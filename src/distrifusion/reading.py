@@ -20,7 +20,7 @@ from .config import ParallelConfig
 from .mesh import Mesh
 from .metrics import human_bytes
 from .models import is_known
-from .pipeline import DENOISERS
+from .parts import DENOISERS
 from .strategies.holding import Held, holding, shares_model, shares_weights
 from .weights import DTYPES, Part, WeightFiles, set_part
 

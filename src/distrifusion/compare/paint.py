@@ -19,7 +19,8 @@ from ..comm import Comm, run_ranks
 from ..config import ParallelConfig
 from ..errors import UnsupportedModel
 from ..painter import Painter, Setup, check_guidance
-from ..pipeline import DENOISERS, parallelize, report, restore
+from ..parts import DENOISERS
+from ..pipeline import parallelize, report, restore
 from .plan import Case, Plan
 
 PATIENCE = 3600.0  # seconds that ranks wait for each other: rank 0 also decodes, on a machine that may be busy
