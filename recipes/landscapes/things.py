@@ -239,27 +239,28 @@ def _balloon(canvas: Canvas) -> None:
 
 
 def _birds(canvas: Canvas) -> None:
-    """A small flock."""
+    """Four gulls, the first the nearest: broad wings, so that their shape outlives the autoencoder."""
     rng, u = canvas.rng("birds"), _place(canvas, "birds")
-    v = float(rng.uniform(0.18, 0.28))
+    v = float(rng.uniform(0.2, 0.28))
     dark = canvas.light.shade * 0.35
-    for index, (dx, dy) in enumerate(((0, 0), (0.11, 0.045), (-0.11, 0.05), (0.22, 0.095), (-0.04, 0.13))):
-        size = float(rng.uniform(0.08, 0.1)) * (1 - 0.05 * index)
-        patch = Patch(canvas, u + dx, v + dy, size)
+    for dx, dy, span in ((0.0, 0.0, 0.18), (0.2, 0.03, 0.15), (-0.18, 0.06, 0.14), (0.08, 0.13, 0.13)):
+        patch = Patch(canvas, u + dx, v + dy, span * float(rng.uniform(0.9, 1.1)))
         patch.polygon(
             dark,
-            (0.5, 0.66),
-            (0.36, 0.42),
-            (0.18, 0.36),
-            (0.0, 0.46),
-            (0.18, 0.46),
-            (0.34, 0.54),
-            (0.5, 0.82),
-            (0.66, 0.54),
-            (0.82, 0.46),
-            (1.0, 0.46),
-            (0.82, 0.36),
-            (0.64, 0.42),
+            (0.5, 0.60),
+            (0.38, 0.38),
+            (0.20, 0.30),
+            (0.0, 0.42),
+            (0.20, 0.45),
+            (0.36, 0.58),
+            (0.44, 0.74),
+            (0.5, 0.86),
+            (0.56, 0.74),
+            (0.64, 0.58),
+            (0.80, 0.45),
+            (1.0, 0.42),
+            (0.80, 0.30),
+            (0.62, 0.38),
         )
         patch.paste(0.0)
 
