@@ -20,7 +20,7 @@ from distrifusion.config import CODECS
 from distrifusion.geometry import Levels, Split, Window
 from distrifusion.models import table_for
 from distrifusion.planner import Anatomy, Context, Conv, Crossing, Norm, Traffic, traffic
-from distrifusion.planner.traffic import frame
+from distrifusion.planner.words import frame
 from distrifusion.strategies.anatomy import anatomy_of, anatomy_of_stages
 from models import build, conditioning, latents
 from transformers_cross import CROSS

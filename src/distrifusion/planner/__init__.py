@@ -1,6 +1,7 @@
 """What a configuration will cost, from integers alone. No torch: a plan can be made where no model is loaded."""
 
-from .traffic import Anatomy, Context, Conv, Crossing, Joint, Norm, Seam, Sums, Total, Traffic, Upsampling, traffic
+from .anatomy import Anatomy, Context, Conv, Crossing, Joint, Norm, Seam, Sums, Total, Upsampling
+from .traffic import Traffic, traffic
 
 __all__ = [
     "Anatomy",
