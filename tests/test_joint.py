@@ -177,7 +177,7 @@ def test_a_backend_set_on_the_model_and_another_model_beside_it(kernel: str, mon
 
 def test_positions_are_read_as_the_pipelines_round_them() -> None:
     """In bfloat16, in which FLUX's pipeline gives them, those above 256 are rounded."""
-    from distrifusion.models.transformer import _read_positions
+    from distrifusion.models.grid import _read_positions
 
     for rows, cols in ((300, 2), (2, 300)):
         grid = _read_positions(positions(rows, cols).bfloat16(), rows * cols)

@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 
 import distrifusion as df
+from distrifusion.models.plan import Plan
 from distrifusion.models.plans import PLANS
-from distrifusion.models.transformer import Plan
 from models import distance
 from transformers_cross import CROSS
 from transformers_joint import JOINT

@@ -1,22 +1,14 @@
-"""Diffusion transformers: one table for all, and a plan for each that says where its tokens are cut and exchanged.
-
-Between its embedding and its last projection a transformer works on each token alone, but for attention. So a plan
-names the modules after which tokens stand in a sequence (``entries``), the one after which they do not (``exit``), the
-attentions over image tokens (``seams``, ``sums``), and how to read the size of the picture off a call. Plans are in
-`plans`.
-"""
+"""Diffusion transformers: one table for all, which does what the plan of a class says."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass, field
-from fnmatch import fnmatchcase
+from collections.abc import Iterator
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from ..errors import ConfigError, UnsupportedModel
+from ..errors import UnsupportedModel
 from ..geometry import Levels, Split
 from ..layers import (
     Frame,
@@ -30,90 +22,11 @@ from ..layers import (
     PatchSeam,
     PatchSides,
 )
-from ..layers.tokens import LATENTS, TOKENS, Cut, Place, Tokens, Words, own_tokens
+from ..layers.tokens import LATENTS, TOKENS, Tokens, Words, own_tokens
 from .blocks import Fingerprint, walk_over
+from .plan import Plan, matching
 from .table import Call, bind, check_module, unsupported
 from .table import Place as OnLevel
-
-
-@dataclass(frozen=True)
-class Grid:
-    """How the tokens of a call's picture stand: ``frames`` x ``rows`` x ``cols``, and ``guests`` after them.
-
-    Guests are tokens of further pictures to look at.
-    """
-
-    rows: int
-    cols: int
-    frames: int = 1
-    guests: int = 0
-
-
-@dataclass(frozen=True)
-class Frames:
-    """Frames of a video's latents: ``patch`` of them behind a frame of tokens; along ``dim`` of latents of five."""
-
-    patch: Callable[[Any], int]
-    dim: int = 2
-
-
-@dataclass(frozen=True)
-class Plan:
-    """What one class of transformers is made of. Module names are patterns, as of a shell; none reaches over a dot.
-
-    Args:
-        model: the class, exactly.
-        names: models that have it, for people.
-        seams: attentions over image tokens, in the order in which they run, and where these stand among the keys.
-        grid: of a call's picture.
-        entries: modules whose output holds the tokens of the whole picture, and how, or what cuts it.
-        exit: the last module over tokens.
-        leaving: how the output of ``exit`` holds them.
-        methods: methods of the model, as ``entries``.
-        inputs: modules that are given something about all tokens, or the text's, among their arguments by name.
-        words: the argument ``[B, tokens, C]`` with the text whose tokens the ranks share out, where each is computed by
-            itself but for the seams, so that `cuts`, `inputs` and `entries` can cut them; None: all ranks compute all.
-        sample: the argument that holds the latents.
-        lists: arguments that are lists with an item for each picture of the batch.
-        several: arguments that hold several rows for each picture of the batch, one picture's after the other's.
-        shared: arguments that are not of single pictures, and might be taken for it where there are as many of them.
-        patch: rows of a latent behind a row of tokens; 1 where the latents come as tokens.
-        frames: of a model of videos, how its latents hold them; None: it makes pictures.
-        sums: linear attentions over image tokens, and the processors that may be theirs: see PatchLinearAttention.
-        convs: convolutions over tokens in rows.
-        sides: blocks that are told sizes of the picture in tokens: see PatchSides.
-        cuts: arguments that hold the tokens of the whole picture, or are lists or tuples of such, and how. One without
-            that dim, or of 1 there, is for all tokens and stays, such as a timestep. Or those of the text alone.
-        texts: attentions that see no image token among their keys, or belong to the text alone.
-        prompts: modules that read the text and nothing else, the same in every step: they run once per picture.
-        conditions: arguments that stay the same in a picture and guidance branch.
-        unknown: arguments that are refused when given.
-    """
-
-    model: type[nn.Module]
-    names: tuple[str, ...]
-    seams: Mapping[str, Place]
-    grid: Callable[[Any, Call], Grid]
-    entries: Mapping[str, Tokens | Cut] = field(default_factory=dict)
-    exit: str = "proj_out"
-    leaving: Tokens = field(default_factory=Tokens)
-    methods: Mapping[str, Cut] = field(default_factory=dict)
-    inputs: Mapping[str, Mapping[str, Tokens | Words]] = field(default_factory=dict)
-    words: str | None = None
-    sample: str = "hidden_states"
-    lists: tuple[str, ...] = ()
-    several: tuple[str, ...] = ()
-    shared: tuple[str, ...] = ()
-    patch: Callable[[Any], int] = field(default=lambda model: int(model.config.patch_size))
-    frames: Frames | None = None
-    sums: Mapping[str, tuple[type, ...]] = field(default_factory=dict)
-    convs: tuple[str, ...] = ()
-    sides: tuple[str, ...] = ()
-    cuts: Mapping[str, Tokens | Words] = field(default_factory=dict)
-    texts: tuple[str, ...] = ()
-    prompts: tuple[str, ...] = ()
-    conditions: tuple[str, ...] = ("encoder_hidden_states",)
-    unknown: tuple[str, ...] = ()
 
 
 class TransformerTable:
@@ -272,65 +185,6 @@ def _own(value: Any, tokens: Tokens | Words, frame: Frame) -> Any:
 
 
 _READS_BEYOND = (nn.modules.conv._ConvNd, nn.GroupNorm, nn.modules.pooling._AvgPoolNd, nn.modules.batchnorm._NormBase)
-
-
-def matching(name: str, patterns: Iterable[str]) -> str | None:
-    """The pattern of as many parts as the name has: a ``*`` stands for one of them."""
-    depth = name.count(".")
-    return next((each for each in patterns if each.count(".") == depth and fnmatchcase(name, each)), None)
-
-
-def of_latent(model: Any, call: Call) -> Grid:
-    """The grid of latents ``[B, C, H, W]`` in square patches.
-
-    Raises:
-        ConfigError: sides that are no multiples of the patch.
-    """
-    height, width = call.sample.shape[-2:]
-    patch = int(model.config.patch_size)
-    if height % patch or width % patch:
-        raise ConfigError(f"a latent of {height} x {width} does not fit patches of {patch}: use multiples of {patch}")
-    return Grid(height // patch, width // patch)
-
-
-def of_positions(name: str) -> Callable[[Any, Call], Grid]:
-    """The grid of latents that come as tokens with positions ``[tokens, axes]``, or ``[B, tokens, axes]``, by ``name``.
-
-    Axis 0 tells pictures apart, axes 1 and 2 are row and column. The first picture is the one to be made. Positions are
-    read once per tensor that holds them: on an accelerator the host waits for it.
-    """
-
-    def grid(model: Any, call: Call) -> Grid:
-        ids = call.arguments[name]
-        tokens = call.sample.shape[1]
-        if ids.is_inference():  # no version tells whether it was written to
-            return _read_positions(ids, tokens)
-        known: tuple[int, int, Grid] | None = getattr(ids, _GRID, None)
-        if known is None or known[:2] != (ids._version, tokens):
-            known = ids._version, tokens, _read_positions(ids, tokens)
-            setattr(ids, _GRID, known)
-        return known[2]
-
-    return grid
-
-
-_GRID = "_distrifusion_grid"  # on positions: their version, the number of tokens, and the grid that was read off them
-
-
-def _read_positions(ids: Tensor, num_tokens: int) -> Grid:
-    places = (ids[0] if ids.ndim == 3 else ids)[:, :3].detach().to("cpu", torch.float64)
-    is_own = (places[:, 0] == places[0, 0]).long().cumprod(0).bool()  # up to where another picture begins
-    own = places[is_own]
-    cols = int((own[:, 1] == own[0, 1]).long().cumprod(0).sum())  # in the first row
-    rows = len(own) // cols
-    raster = torch.cartesian_prod(torch.arange(rows), torch.arange(cols)).double() + own[0, 1:]
-    # In the positions' own dtype, in which large ones may be rounded.
-    if len(places) != num_tokens or not torch.equal(own[:, 1:], raster.to(ids.dtype).double()):
-        raise UnsupportedModel(
-            f"positions of {len(own)} of {num_tokens} tokens are not those of {rows} x {cols} in raster order: further "
-            "pictures to look at are known where they come after the first one and differ from it in axis 0"
-        )
-    return Grid(rows, cols, guests=num_tokens - len(own))
 
 
 def _stacked(samples: Any) -> Tensor:

@@ -9,7 +9,8 @@ from torch import nn
 
 from ..errors import ConfigError, UnsupportedModel
 from ..layers import FrameHolder, Layer, StageUnit
-from .transformer import Plan, TransformerTable, matching
+from .plan import Plan, matching
+from .transformer import TransformerTable
 from .unet import FAMILIES
 
 Groups = list[tuple[str, ...]]

@@ -13,8 +13,9 @@ from diffusers.models.attention_processor import (
 
 from ...errors import ConfigError
 from ...layers.tokens import Tokens
+from ..grid import Grid, of_latent
+from ..plan import Plan
 from ..table import Call
-from ..transformer import Grid, Plan, of_latent
 
 
 def _of_square_latent(model: Any, call: Call) -> Grid:

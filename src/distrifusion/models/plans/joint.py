@@ -11,8 +11,9 @@ from ...errors import UnsupportedModel
 from ...layers import Frame
 from ...layers.base import Ragged
 from ...layers.tokens import TOKENS, Cut, Tokens, Words, own_tokens
+from ..grid import Grid, of_latent, of_positions
+from ..plan import Plan
 from ..table import Call
-from ..transformer import Grid, Plan, of_latent, of_positions
 
 
 def _first(tokens: Tokens) -> Cut:

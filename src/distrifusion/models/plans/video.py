@@ -8,8 +8,9 @@ import diffusers
 
 from ...errors import ConfigError, UnsupportedModel
 from ...layers.tokens import Tokens
+from ..grid import Grid
+from ..plan import Frames, Plan
 from ..table import Call
-from ..transformer import Frames, Grid, Plan
 
 
 def _patches(model: Any) -> tuple[int, int]:
