@@ -22,7 +22,7 @@ from torch import Tensor, nn
 import distrifusion as df
 from distrifusion.models import supported
 from distrifusion.models.plans import PLANS
-from distrifusion.models.vae import PLANS as VAES
+from distrifusion.models.vaes import PLANS as VAES
 from models import distance
 from pipelines import DISPLACED, EXACT, NUMPY_WARNINGS, SYNC, UNETS, check, drawing, sample, sd, unet
 

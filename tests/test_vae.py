@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 import distrifusion as df
 from distrifusion.comm import Comm
-from distrifusion.models.vae import PLANS
+from distrifusion.models.vaes import PLANS
 from models import distance
 from vaes import VAES, build_vae, decoded, encoded, latents_of, pixels_of
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 import distrifusion as df
-from distrifusion.models.vae import PLANS
+from distrifusion.models.vaes import PLANS
 from models import distance
 from vaes import VAES, build_vae, decoded, encoded, latents_of, pixels_of
 

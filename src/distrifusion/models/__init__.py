@@ -48,7 +48,7 @@ def table_for(model: Any) -> Table:
             return TransformerTable(model, plan)
     if "ControlNet" in type(model).__name__ and not type(model).__name__.startswith("UNet"):
         raise UnsupportedModel(f"{type(model).__name__} is spread together with its U-Net: give the pipeline of both")
-    from .vae import PLANS as VAES
+    from .vaes import PLANS as VAES
 
     known = ", ".join(family.__name__ for family in (*FAMILIES, *(plan.model for plan in PLANS), *VAES))
     raise UnsupportedModel(f"{type(model).__name__} has no table; known are: {known}")
@@ -56,7 +56,8 @@ def table_for(model: Any) -> Table:
 
 def vae_halves(vae: Any) -> tuple[Half, ...] | None:
     """Encoder and decoder of a VAE; None: no table knows its class."""
-    from .vae import PLANS, halves
+    from .vae import halves
+    from .vaes import PLANS
 
     return halves(vae) if type(vae) in PLANS else None
 
@@ -70,7 +71,7 @@ def controlnet_table(controlnet: Any, unet: Any) -> Table | None:
 
 def known_ends() -> list[str]:
     """Classes of VAEs that make pictures whose ends meet."""
-    from .vae import PICTURES, PLANS
+    from .vaes import PICTURES, PLANS
 
     return [each.__name__ for each in PLANS if each in PICTURES]
 

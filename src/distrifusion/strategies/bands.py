@@ -17,7 +17,8 @@ from ..layers.base import HaloLayer, rows_of
 from ..moments import combine
 
 if TYPE_CHECKING:
-    from ..models.vae import Half, Tail
+    from ..models.vae import Half
+    from ..models.vaes.plan import Tail
 
 
 @dataclass(frozen=True)

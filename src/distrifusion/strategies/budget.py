@@ -23,7 +23,8 @@ from ..planner.memory import Budget, Fit, fewest
 from .bands import BandedTail, Bands, banded_tail, run_half, whole
 
 if TYPE_CHECKING:
-    from ..models.vae import Half, Tail
+    from ..models.vae import Half
+    from ..models.vaes.plan import Tail
 
 CHUNKS = (64 << 20, 16 << 20, 4 << 20)  # bytes that a layer of a denoiser works on at a time, for the least work first
 
