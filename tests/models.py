@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import threading
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -12,6 +11,8 @@ from typing import Any
 import torch
 from diffusers import UNet2DConditionModel, UNet2DModel
 from torch import Tensor, nn
+
+from mould import Mould
 
 torch.set_num_threads(1)  # ranks are threads: with more, they would fight over the cores
 
@@ -174,7 +175,7 @@ _LOCK = threading.Lock()
 
 
 @lru_cache(maxsize=32)
-def _prototype(name: str) -> nn.Module:
+def _mould(name: str) -> Mould:
     shape = SHAPES[name]
     family = UNet2DConditionModel if shape.is_conditional else UNet2DModel
     with torch.random.fork_rng():
@@ -184,13 +185,13 @@ def _prototype(name: str) -> nn.Module:
             if isinstance(module, nn.GroupNorm | nn.LayerNorm) and module.weight is not None:
                 module.weight.add_(0.2 * torch.randn_like(module.weight))
                 module.bias.add_(0.2 * torch.randn_like(module.bias))
-    return model
+    return Mould(model)
 
 
 def build(name: str, dtype: torch.dtype = torch.float32) -> Any:
     """A model of its own, with the same weights each time."""
     with _LOCK:  # ranks are threads, which share the generator that weights are drawn from
-        model = copy.deepcopy(_prototype(name))
+        model = _mould(name).cast()
     # nn.Module's own `to`: that of diffusers logs a note about modules to keep in float32, of which there are none.
     return nn.Module.to(model, dtype)
 

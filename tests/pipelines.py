@@ -27,6 +27,7 @@ from transformers import (
 
 import distrifusion as df
 from models import POOLED_DIM, SHAPES, TEXT_DIM, distance
+from mould import Mould
 
 NUMPY_WARNINGS = [  # of diffusers' schedulers under numpy 2.4
     pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning"),
@@ -127,16 +128,16 @@ UNETS: dict[str, dict[str, Any]] = {
 
 
 @cache
-def _prototype(name: str) -> Any:
+def _unet(name: str) -> Mould:
     family = UNet2DModel if name == "ddpm" else UNet2DConditionModel
     with drawing(1):
-        return randomised(family(**UNETS[name]), seed=1)
+        return Mould(randomised(family(**UNETS[name]), seed=1))
 
 
 def unet(name: str) -> Any:
     """A U-Net of its own, with the same weights each time."""
     with _LOCK:
-        return copy.deepcopy(_prototype(name))
+        return _unet(name).cast()
 
 
 def quiet(pipe: Any) -> Any:
@@ -210,10 +211,15 @@ def _parts() -> dict[str, Any]:
         return {name: part.eval().requires_grad_(False) for name, part in parts.items()}
 
 
+@cache
+def _mould(name: str) -> Mould:
+    return Mould(_parts()[name])
+
+
 def _part(name: str) -> Any:
     """A component with the same weights each time and a module tree of its own, since ranks take forwards over."""
     with _LOCK:
-        return copy.deepcopy(_parts()[name])
+        return _mould(name).cast()
 
 
 def ddim(**changes: Any) -> Any:
@@ -276,7 +282,7 @@ def randomised(model: Any, seed: int) -> Any:
 
 
 @cache
-def _controlnet(name: str, seed: int, pools: bool) -> Any:
+def _controlnet(name: str, seed: int, pools: bool) -> Mould:
     with drawing(seed):
         model = diffusers.ControlNetModel.from_unet(
             unet(name), conditioning_embedding_out_channels=(4, 6, 8), load_weights_from_unet=False
@@ -284,13 +290,13 @@ def _controlnet(name: str, seed: int, pools: bool) -> Any:
     model.register_to_config(global_pool_conditions=pools)
     for weight in model.controlnet_cond_embedding.parameters():
         weight.data.mul_(3)  # or little of the condition would come through
-    return randomised(model, seed)
+    return Mould(randomised(model, seed))
 
 
 def controlnet(name: str = "sd", seed: int = 3, *, pools: bool = False) -> Any:
     """A ControlNet beside the U-Net of that name, with weights of its own."""
     with _LOCK:
-        return copy.deepcopy(_controlnet(name, seed, pools))
+        return _controlnet(name, seed, pools).cast()
 
 
 def vision() -> Any:

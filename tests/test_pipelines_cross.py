@@ -16,6 +16,7 @@ from torch import Tensor
 
 import distrifusion as df
 from models import distance
+from mould import Mould
 from pipelines import (
     ALWAYS_WARM,
     CFG,
@@ -72,18 +73,18 @@ def _pixart() -> Any:
 
 # Made before there are ranks, whose threads would draw weights at once.
 TRANSFORMERS = {
-    "pixart": build(Tiny(_pixart, dict)),
-    "dit": build(Tiny(_dit, dict)),
-    "hunyuan": build(CROSS["hunyuan"]),
-    "sana": build(Tiny(_sana, dict)),
-    "sana-guided": build(Tiny(_sana_guided, dict)),
+    "pixart": Mould(build(Tiny(_pixart, dict))),
+    "dit": Mould(build(Tiny(_dit, dict))),
+    "hunyuan": Mould(build(CROSS["hunyuan"])),
+    "sana": Mould(build(Tiny(_sana, dict))),
+    "sana-guided": Mould(build(Tiny(_sana_guided, dict))),
 }
 
 
 def without_encoders(family: Any, name: str, scheduler: Any, **more: Any) -> Any:
     """A pipeline of ``family`` with a transformer of its own."""
     settings = {"vae": None, "text_encoder": None, "tokenizer": None, **more}
-    return quiet(family(transformer=copy.deepcopy(TRANSFORMERS[name]), scheduler=scheduler, **settings))
+    return quiet(family(transformer=TRANSFORMERS[name].cast(), scheduler=scheduler, **settings))
 
 
 def pixart(family: Any, **more: Any) -> Any:
@@ -105,7 +106,7 @@ def sprint() -> Any:
 
 def dit() -> Any:
     vae = sd().vae  # four latents
-    return quiet(diffusers.DiTPipeline(copy.deepcopy(TRANSFORMERS["dit"]), vae, ddim()))
+    return quiet(diffusers.DiTPipeline(TRANSFORMERS["dit"].cast(), vae, ddim()))
 
 
 def texts(width: int, suffix: str = "", batch: int = 1) -> dict[str, Tensor]:
@@ -256,7 +257,7 @@ def _deep_compression_vae() -> Any:
 @cache
 def _controlnet(family: Any, name: str, **changes: Any) -> Any:
     with drawing(3):
-        net = family.from_config(TRANSFORMERS[name].config, **changes)
+        net = family.from_config(TRANSFORMERS[name].cast().config, **changes)
     return randomised(net, seed=3)
 
 

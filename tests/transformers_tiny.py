@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import threading
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -11,6 +10,8 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+
+from mould import Mould
 
 torch.set_num_threads(1)  # ranks are threads: with more, they would fight over the cores
 
@@ -38,7 +39,7 @@ _LOCK = threading.RLock()  # a build may ask for another
 
 
 @lru_cache
-def _built(build: Callable[[], nn.Module]) -> nn.Module:
+def _mould(build: Callable[[], nn.Module]) -> Mould:
     with torch.random.fork_rng():
         torch.manual_seed(1)
         model = build()
@@ -47,13 +48,13 @@ def _built(build: Callable[[], nn.Module]) -> nn.Module:
             # or a mix-up of patches would not show.
             scale = 1.5 / weight.shape[-1] ** 0.5 if weight.ndim > 1 else 0.3
             weight.data = torch.randn_like(weight) * scale + (1.0 if weight.ndim == 1 and "norm" in name else 0.0)
-    return model.eval().requires_grad_(False)
+    return Mould(model.eval().requires_grad_(False))
 
 
 def build(tiny: Tiny) -> Any:
     """A new model with weights that are the same every time, also for ranks, which are threads with one generator."""
     with _LOCK:
-        return copy.deepcopy(_built(tiny.build))
+        return _mould(tiny.build).cast()
 
 
 def build_double(tiny: Tiny) -> Any:

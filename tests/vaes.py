@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import threading
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -12,6 +11,8 @@ from typing import Any
 import diffusers
 import torch
 from torch import Tensor
+
+from mould import Mould
 
 DOWN, UP = "DownEncoderBlock2D", "UpDecoderBlock2D"
 
@@ -74,7 +75,7 @@ _LOCK = threading.Lock()
 
 
 @lru_cache(maxsize=16)
-def _prototype(name: str) -> Any:
+def _mould(name: str) -> Mould:
     with torch.random.fork_rng():
         torch.manual_seed(1)
         vae = VAES[name].build().eval().requires_grad_(False)
@@ -82,13 +83,13 @@ def _prototype(name: str) -> Any:
             weight.add_(0.1 * torch.randn_like(weight))
             if VAES[name].is_video and key.startswith("decoder.conv_out"):
                 weight.mul_(0.1)  # or most of the picture would be clamped
-    return vae
+    return Mould(vae)
 
 
 def build_vae(name: str, dtype: torch.dtype = torch.float32) -> Any:
     """A VAE of its own, with the same weights each time."""
     with _LOCK:  # ranks are threads, which share the generator that weights are drawn from
-        return torch.nn.Module.to(copy.deepcopy(_prototype(name)), dtype)
+        return torch.nn.Module.to(_mould(name).cast(), dtype)
 
 
 def _noise(*shape: int, seed: int) -> Tensor:
