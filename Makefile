@@ -22,11 +22,12 @@ demo: $(VENV)/.installed
 	  HF_HUB_OFFLINE=1 $(BIN)/distrifusion generate "$$prompt" --nproc 2 --device cpu --guidance-scale 2.5 --seed 0 -o out/demo-$$n.png || exit 1; \
 	done
 
+# In the order of their names: xdist would leave the files with the fewest tests for last, and these start processes.
 test: $(VENV)/.installed-dev
 	$(BIN)/ruff check
 	$(BIN)/mypy
 	$(BIN)/lint-imports
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses $(WORKERS) --dist loadfile
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses $(WORKERS) --dist loadfile --no-loadscope-reorder
 
 clean:
 	rm -rf $(VENV) out
