@@ -78,7 +78,7 @@ def test_commands_and_flags() -> None:
             *("--group-norm", "--guidance-scale", "--height", "--json", "--max-memory", "--model"),
             *("--negative-prompt", "--nproc", "--output", "--overlap", "--panorama", "--patch", "--patches"),
             *("--pipe", "--seed", "--shift", "--split", "--steps", "--strategy", "--stride"),
-            *("--text-encoders", "--tile", "--true-cfg-scale", "--warmup-steps"),
+            *("--text-encoders", "--tile", "--time-shift", "--true-cfg-scale", "--warmup-steps"),
             *("--width", "-o", "prompt"),
         ],
         "compare": [
@@ -131,6 +131,7 @@ def test_help_and_version_need_no_torch() -> None:
             "a world of 3 does not fit cfg=1 x pipe=2 x patch=2: start 4 ranks",
         ),
         (["--stride", "2"], "stride=2 goes with strategy='pipelined' only, not with 'displaced'"),
+        (["--time-shift"], "time_shift=True goes with strategy='pipelined' only, not with 'displaced'"),
         (["--balance", "2,0"], "balance='2,0' must be None, 'measured', or a positive number for each rank"),
         (["--balance", "2,1,1", "--nproc", "2"], "balance=2,1,1 has 3 weights for 2 ranks along the picture"),
         (["--balance", "measured", "--warmup-steps", "0"], "balance='measured' with warmup_steps=0 leaves no step to"),

@@ -105,6 +105,9 @@ class ParallelConfig:
             planned: a check of the weights of each rank, and of decodes. See docs/memory.md.
         stride: of ``pipelined`` without ``patch`` and ``patches``: 2 runs each stage once for two steps, for which two
             ranks have the last stage, one for each of these steps (AsyncDiff). See docs/pipelined.md.
+        time_shift: of ``pipelined`` without ``patches``: after ``warmup_steps``, stages are told the time of the step
+            before the one that they compute for (as AsyncDiff's published code does it). For pictures that come out
+            noisy; else leave it. See docs/pipelined.md.
 
     Raises:
         ConfigError: a value that is not one of these, printed with what would be right.
@@ -130,6 +133,7 @@ class ParallelConfig:
     blocks: Blocks | None = None
     max_memory: int | str | None = None
     stride: int = 1
+    time_shift: bool = False
 
     def __post_init__(self) -> None:
         _one_of("strategy", self.strategy, BUILT)
@@ -145,8 +149,6 @@ class ParallelConfig:
         if self.strategy == "tensor":
             self._check_slices()
         self._check_stages()
-        if self.strategy != "pipelined" and self.pipe not in (None, 1):
-            raise ConfigError(f"pipe={self.pipe} goes with strategy='pipelined' only, not with {self.strategy!r}")
         if self.patches is not None and self.strategy != "pipelined":
             raise ConfigError(
                 f"patches={self.patches} goes with strategy='pipelined' only, not with {self.strategy!r}, where patch= "
@@ -223,12 +225,23 @@ class ParallelConfig:
         _whole("stride", self.stride, 1)
         if self.stride > 2:
             raise ConfigError(f"stride={self.stride} must be 1 or 2")
+        if not isinstance(self.time_shift, bool):
+            raise ConfigError(f"time_shift={self.time_shift!r} must be True or False")
+        asked = ("pipe", self.pipe or 1, 1), ("stride", self.stride, 1), ("time_shift", self.time_shift, False)
+        for name, value, plain in asked:
+            if self.strategy != "pipelined" and value != plain:
+                raise ConfigError(
+                    f"{name}={value} goes with strategy='pipelined' only, not with {self.strategy!r}; leave it out"
+                )
+        if self.time_shift and self.patches is not None:
+            raise ConfigError(
+                f"time_shift=True does not go with patches={self.patches}, which stream through stages that are all at "
+                "one time step: leave one of them out"
+            )
+        if self.time_shift and self.pipe == 1:
+            raise ConfigError("time_shift=True is about stages of several time steps: pipe must be at least 2")
         if self.stride == 1:
             return
-        if self.strategy != "pipelined":
-            raise ConfigError(
-                f"stride={self.stride} goes with strategy='pipelined' only, not with {self.strategy!r}; leave it out"
-            )
         for name in ("patch", "patches"):
             if getattr(self, name) not in (None, 1) or (name == "patches" and self.patches is not None):
                 raise ConfigError(
@@ -302,7 +315,11 @@ _EXTRAS = (
     "patches",
     "blocks",
     "stride",
+    "time_shift",
 )
+
+OF_STAGES = ("patches", "blocks", "stride", "time_shift")
+"""Settings that do nothing where the model is one stage."""
 
 
 def shift_choice(text: str) -> str | int:

@@ -74,6 +74,7 @@ class Plan:
         words: the argument ``[B, tokens, C]`` with the text whose tokens the ranks share out, where each is computed by
             itself but for the seams, so that `cuts`, `inputs` and `entries` can cut them; None: all ranks compute all.
         sample: the argument that holds the latents.
+        time: the argument that holds the time of the step.
         lists: arguments that are lists with an item for each picture of the batch.
         several: arguments that hold several rows for each picture of the batch, one picture's after the other's.
         shared: arguments that are not of single pictures, and might be taken for it where there are as many of them.
@@ -101,6 +102,7 @@ class Plan:
     inputs: Mapping[str, Mapping[str, Tokens | Words]] = field(default_factory=dict)
     words: str | None = None
     sample: str = "hidden_states"
+    time: str = "timestep"
     lists: tuple[str, ...] = ()
     several: tuple[str, ...] = ()
     shared: tuple[str, ...] = ()
@@ -199,7 +201,7 @@ class TransformerTable:
     def bind(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Call:
         """See Table."""
         plan, arguments = self._plan, bind(self._forward, self.model, args, kwargs)
-        call = Call(arguments, plan.sample, plan.lists, plan.several, plan.shared)
+        call = Call(arguments, plan.sample, plan.lists, plan.several, plan.shared, plan.time)
         samples = call.arguments[self._plan.sample]
         if isinstance(samples, list | tuple):
             call = call.having(**{self._plan.sample: _stacked(samples)})
