@@ -348,6 +348,11 @@ def patches_choices(names: Sequence[str]) -> list[int | None]:
     return list(dict.fromkeys(found))  # type: ignore[arg-type]
 
 
+def patch_choices(numbers: Sequence[int]) -> list[int | None]:
+    """What the command line calls ranks of a stage, as ``patch``, each once: 1 is None, as no number is."""
+    return [None if number == 1 else number for number in dict.fromkeys(numbers)] or [None]
+
+
 def _codec_text(codec: Any) -> str | None:
     """``codec`` in its one normal form: a name where all seams have the same, else ``seam=name,...``."""
     if codec is None:
