@@ -203,6 +203,4 @@ def _held_bytes(weight: torch.Tensor, held: Held | None) -> int:
     if held is None:
         return weight.nbytes
     spans, dim = held
-    if not spans:  # a single number has no dim
-        return 0
     return weight.nbytes // weight.shape[dim] * sum(map(len, spans))

@@ -25,7 +25,7 @@ from ..times import Times
 
 @dataclass(frozen=True)
 class Setting:
-    """The model on this rank: what all ways ask of."""
+    """The model on this rank, and what every way works with."""
 
     table: Table
     config: ParallelConfig

@@ -50,25 +50,26 @@ class InStages(InPatches):
             ran: Ran = state.ahead
             state.ahead = None
             return ran
-        if not self._pipelined.looks_ahead(state):
-            is_shifted = self.setting.config.time_shift and self._pipelined.is_late(state)
-            return super().run(call.at(before) if is_shifted else call, state, feeders, report)
-        ran = super().run(self._for_own_step(call, before, report), state, feeders, report)
+        looks_ahead = self._pipelined.looks_ahead(state)
+        ran = super().run(self._told(call, state, before, report), state, feeders, report)
+        if not looks_ahead:
+            return ran
         assert state.stages is not None
         picture, rank = Split((0, ran.split.size)), state.stages.output_rank(is_ahead=True)
         state.ahead = replace(ran, split=_of_stage(picture, rank, self.setting.mesh.size("pipe")))
         return replace(ran, departs=False)  # the next step's prediction, which comes at once, goes first
 
-    def _for_own_step(self, call: Call, before: Any, report: Report) -> Call:
-        """With the time that this rank's stage is told, of two steps at once; ``before`` is that of the last step."""
-        setting = self.setting
-        is_ahead = self._pipelined.is_ahead(setting.guidance.patches.rank)
+    def _told(self, call: Call, state: State, before: Any, report: Report) -> Call:
+        """The call at the time that this rank's stage is told; ``before`` is that of the last step. See `Pipelined`."""
+        setting, strategy = self.setting, self._pipelined
+        looks_ahead = strategy.looks_ahead(state)
+        is_ahead = looks_ahead and strategy.is_ahead(setting.guidance.patches.rank)
         if setting.config.time_shift:
-            return call if is_ahead else call.at(before)
-        following = setting.times.following(call)
-        if setting.times.place(call) is None and _UNKNOWN not in report.notes:
+            return call.at(before) if strategy.is_late(state) and not is_ahead else call
+        if looks_ahead and setting.times.place(call) is None and _UNKNOWN not in report.notes:
             report.notes.append(_UNKNOWN)
-        return call.at(following) if following is not None and is_ahead else call
+        following = setting.times.following(call) if is_ahead else None
+        return call if following is None else call.at(following)
 
     def _forward(self, exchange: Exchange) -> Callable[..., Any]:
         assert isinstance(exchange, Staged)
