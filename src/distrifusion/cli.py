@@ -14,8 +14,9 @@ import typer
 from . import __version__
 from .bench import bench
 from .compare import compare
-from .config import ParallelConfig, shift_choice
+from .config import ParallelConfig
 from .errors import ConfigError, RanksDisagree, UnsupportedModel
+from .forms import shift_choice
 
 BAD_INPUT, FAILED, INTERRUPTED = 2, 1, 130  # exit codes
 

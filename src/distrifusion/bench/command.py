@@ -131,7 +131,8 @@ class Order:
             ConfigError: a value that cannot be measured; names it and what would be right.
         """
         from ..choices import check_device, check_staged
-        from ..config import ParallelConfig, codec_choices, patch_choices, patches_choices
+        from ..config import ParallelConfig
+        from ..forms import codec_choices, patch_choices, patches_choices
         from .plan import Plan, cases_for, num_threads, parse_sizes
         from .workload import VAES, check_name, check_stages, check_streams
 

@@ -8,8 +8,9 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from ..choices import stagings
-from ..config import MEASURED, UNCODED, Blocks, ParallelConfig, StrategyName
+from ..config import UNCODED, Blocks, ParallelConfig, StrategyName
 from ..errors import ConfigError
+from ..forms import MEASURED
 from ..geometry import Split
 from ..mesh import Mesh
 

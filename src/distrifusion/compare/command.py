@@ -98,7 +98,7 @@ def compare(
     """
     from ..checkpoint import find
     from ..choices import check_device, check_staged, dtype_name
-    from ..config import codec_choices, patch_choices, patches_choices, shift_choice
+    from ..forms import codec_choices, patch_choices, patches_choices, shift_choice
     from .output import Output
     from .plan import Plan, cases_for, default_guidance, read_prompts
     from .summary import table

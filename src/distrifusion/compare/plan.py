@@ -12,8 +12,9 @@ from typing import Any
 
 from ..checkpoint import Checkpoint
 from ..choices import check_size, stagings
-from ..config import BUILT, CODECS, UNCODED, GroupNormMode, ParallelConfig, SplitDim, StrategyName
+from ..config import BUILT, UNCODED, GroupNormMode, ParallelConfig, SplitDim, StrategyName
 from ..errors import ConfigError
+from ..forms import CODECS
 from ..mesh import Mesh
 
 BUNDLED_PROMPTS = Path(__file__).parent / "prompts.txt"

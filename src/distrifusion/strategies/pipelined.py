@@ -6,8 +6,9 @@ from dataclasses import replace
 
 from ..boundary import Late, Stages, Whole
 from ..comm import Comm
-from ..config import MEASURED, ParallelConfig
+from ..config import ParallelConfig
 from ..exchange import Exchange
+from ..forms import MEASURED
 from ..mesh import Mesh
 from .base import Joined, State
 
