@@ -87,6 +87,34 @@ def test_patches_multiply_the_cases_in_stages() -> None:
     assert (config.patches, config.blocks, config.balance, cases[-1].num_untimed) == (4, "freed", None, 2)
 
 
+def test_stages_of_several_ranks_and_strides_multiply_the_cases_in_stages_as_far_as_they_go_together() -> None:
+    cases = cases_for(["sync", "pipelined"], [4], 1, patches=[None, 4], stage_ranks=[None, 2], strides=[1, 2])
+    staged = [case for case in cases if case.strategy == "pipelined"]
+    assert [case.name for case in staged] == [
+        "pipelined",
+        "pipelined stride 2",
+        "pipelined patch 2",
+        "pipelined 4 patches",
+    ]
+    found = [(case.config.patch, case.config.stride, case.config.patches) for case in staged]
+    assert found == [(None, 1, None), (None, 2, None), (2, 1, None), (None, 1, 4)]
+    assert [case.num_untimed for case in staged] == [2, 3, 2, 2]
+    assert len(cases) == 1 + 1 + 4
+
+
+@pytest.mark.parametrize("ranks", ["patch", "stride"])
+def test_steps_that_are_computed_at_once_are_timed_as_one(tiny: str, ranks: str) -> None:
+    staged = Case("pipelined", 4, patch=2) if ranks == "patch" else Case("pipelined", 3, stride=2)
+    plan = Plan(tiny, ((128, 128),), 1, (Case(None), staged), rounds=1, steps=2)
+    plan = Plan.from_dict(json.loads(json.dumps(plan.as_dict())))
+    timing = df.run_ranks(staged.world, lambda comm: Bench(plan, comm).measure())[0][1]
+    assert len(timing.seconds) == len(timing.cpu_seconds) == len(timing.waited) == 2
+    assert min(timing.seconds) > 0.2 * max(timing.seconds)  # a step that computes nothing takes far less
+    row = found_of(plan)["cases"][1]
+    assert (row["patch"], row["stride"], row["world"]) == (staged.patch, staged.stride, staged.world)
+    assert row["messages_per_step"] == timing.messages > 0
+
+
 def test_a_balance_is_asked_of_every_case_of_several_ranks(tiny: str) -> None:
     cases = cases_for(["displaced", "naive"], [1, 2], 1, balance="measured")
     names = ["bare model", "displaced", "displaced balance measured", "naive balance measured"]
@@ -227,6 +255,15 @@ def test_sizes() -> None:
         (["--balance", "2,1", "--world", "3"], "balance=2,1 has 2 weights for 3 ranks along the picture"),
         (["--patches", "two"], "patches='two' must be a whole number of at least 1"),
         (["--patches", "4"], "--patches 4 stream through transformers, and 'sdxl-mini' is none: take flux-mini, pix"),
+        (["--patch", "2"], "--patch is of strategy='pipelined': give --strategy pipelined too, or leave it out"),
+        (["--strategy", "pipelined", "--patch", "0"], "patch=0 must be a whole number of at least 1"),
+        (
+            ["--strategy", "pipelined", "--patch", "2", "--world", "3"],
+            "a world of 3 does not fit cfg=1 x pipe=any x pa",
+        ),
+        (["--strategy", "pipelined", "--stride", "3"], "stride=3 must be 1 or 2"),
+        (["--strategy", "pipelined", "--stride", "2", "--patch", "2"], "stride=2 does not go with patch=2"),
+        (["--model", "vae-mini", "--stride", "2"], "--stride is about stages of a denoiser, and 'vae-mini' is a VAE's"),
         (["--blocks", "freed"], "blocks='freed' goes with strategy='pipelined' and patches only"),
         (["--world", "0"], "--world 0 must be at least 1"),
         (["--height", "100"], "--height 100 must be a multiple of 8"),
@@ -317,7 +354,9 @@ def test_a_world_that_torchrun_has_not_started_is_refused_once(monkeypatch: pyte
     monkeypatch.setattr(joined, "connect", lambda *_: mine.comm)
     monkeypatch.setattr(joined, "SPEAK", 0.0)
     given: dict[str, Any] = {"model": "sdxl-mini", "worlds": [3], "batch": 1, "rounds": 1, "steps": 1}
-    lists: dict[str, Any] = {name: [] for name in ("strategies", "codecs", "patches", "sizes")}
+    lists: dict[str, Any] = {
+        name: [] for name in ("strategies", "codecs", "patches", "stage_ranks", "strides", "sizes")
+    }
     unset = dict.fromkeys(("context_window", "balance", "blocks", "height", "width", "plot", "trace"))
     order = command.Order(**given, **lists, **unset, dtype="float32", device="cpu")
 

@@ -15,7 +15,7 @@ from distrifusion.comm import Comm
 from distrifusion.comm.codec import codecs_for, pack, unpack
 from distrifusion.comm.residual import HEADER, Receiver, Sender, Wire, frame_bytes
 from distrifusion.comm.slots import Slots
-from distrifusion.config import CODECS, CODED_SEAMS
+from distrifusion.forms import CODECS, CODED_SEAMS
 
 BITS = {"fp16": 16, "bf16": 16, "int8": 8, "int4": 4, "int2": 2, "1bit": 1}
 SHAPES = [(2, 33, 20), (2, 7, 1, 13), (3, 5, 9, 1), (1, 1, 64), (1,), (7,), (2, 64, 256), (2, 0, 20), (0,)]

@@ -12,7 +12,7 @@ from torch import Tensor
 import distrifusion as df
 from distrifusion.bench.workload import SHAPES as BENCH_SHAPES
 from distrifusion.comm import Comm, Meter
-from distrifusion.config import CODECS
+from distrifusion.forms import CODECS
 from distrifusion.metrics import Report
 from models import build, conditioning, distance, latents
 

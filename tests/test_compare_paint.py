@@ -43,6 +43,21 @@ def test_sync_is_one_device_and_the_others_are_not(studio: Studio) -> None:
     assert apart["naive"] > 1e-4
 
 
+def test_every_way_to_have_stages_paints_a_picture_of_its_own(studio: Studio) -> None:
+    settings = {"stage_ranks": [None, 2], "strides": [1, 2], "time_shifts": [False, True]}
+    cases = cases_for(["pipelined"], [4], [4], [0], ["corrected"], **settings)  # type: ignore[arg-type]
+    assert len(cases) == 6  # no stride where stages have two ranks
+    alone, found = studio.alone(ALONE, BOTH).pictures, []
+    for case in cases:
+        painted = studio.spread(case, BOTH)
+        assert painted.patches == ((8, 8) if case.patch else ())
+        found.append(painted.pictures)
+    for i, pictures in enumerate(found):
+        assert np.isfinite(pictures).all()
+        # Two stages and four, of random weights, are 2e-5 apart; rounding is a tenth of that.
+        assert all(np.abs(pictures - other).max() > 1e-5 for other in (alone, *found[:i])), cases[i].title
+
+
 def test_a_batch_paints_what_its_prompts_paint_one_by_one(studio: Studio) -> None:
     both, second = studio.alone(ALONE, BOTH), studio.alone(ALONE, (1,))
     assert np.allclose(both.pictures[1], second.pictures[0], atol=1e-4)

@@ -76,6 +76,9 @@ def test_a_case_says_all_of_itself_and_comes_back_from_json() -> None:
         ({"shifts": ["silver"]}, "shift='silver'"),
         ({"overlaps": [-1]}, "overlap=-1"),
         ({"strategies": ["pipelined"], "patches": [0]}, "patches=0"),
+        ({"strides": [3]}, "stride=3 must be 1 or 2"),
+        ({"patches": [4], "time_shifts": [False, True]}, "time_shift=True does not go with patches=4"),
+        ({"stage_ranks": [2], "strides": [1, 2]}, "stride=2 does not go with patch=2"),
     ],
 )
 def test_a_value_that_cannot_be_is_named(changes: dict[str, object], said: str) -> None:
@@ -102,6 +105,23 @@ def test_only_pipelined_is_multiplied_by_patches() -> None:
     assert [case.config.patches for case in cases] == [None, None, 2, 4]
     assert cases[-1].name == "pipelined-2-ranks-4-steps-warmup-1-patches-4"
     assert len({case.title for case in cases}) == 4
+    assert [case_of(as_facts(case)) for case in cases] == list(cases)
+
+
+def test_stages_are_multiplied_by_what_goes_together() -> None:
+    staged = {"patches": [None, 2], "stage_ranks": [None, 2], "strides": [1, 2], "time_shifts": [False, True]}
+    cases = cases_for(["sync", "pipelined"], [4], [5], [1], ["corrected"], **staged)  # type: ignore[arg-type]
+    plain, *late = [case.name.removeprefix("pipelined-4-ranks-5-steps-warmup-1") for case in cases[1:]]
+    assert (plain, late) == (
+        "",
+        ["-time-shift", "-stride-2", "-stride-2-time-shift", "-patch-2", "-patch-2-time-shift", "-patches-2"],
+    )
+    configs = [case.config for case in cases[1:]]
+    assert [(config.patch, config.stride, config.time_shift, config.patches) for config in configs] == [
+        *((None, 1, False, None), (None, 1, True, None), (None, 2, False, None), (None, 2, True, None)),
+        *((2, 1, False, None), (2, 1, True, None), (None, 1, False, 2)),
+    ]
+    assert len({case.title for case in cases}) == len(cases) == 8
     assert [case_of(as_facts(case)) for case in cases] == list(cases)
 
 

@@ -149,6 +149,8 @@ def test_pictures_that_are_no_numbers_are_an_error(
         (["--prompt", "x", "--world", "17"], "16 rows of latent cannot be split over 17 ranks"),
         (["--prompt", "x", "--world", "0"], "world=0 must be"),
         (["--prompt", "x", "--strategy", "best"], "strategy='best' must be one of"),
+        (["--prompt", "x", "--time-shift"], "--time-shift is of strategy='pipelined': give --strategy pipelined too"),
+        (["--prompt", "x", "--strategy", "pipelined", "--patch", "3"], "a world of 2 does not fit cfg=1 x pipe=any"),
         (["--prompt", "x", "--group-norm", "odd"], "group_norm='odd' must be one of"),
         (["--prompt", "x", "--cfg", "2", "--world", "3"], "a world of 3 does not fit cfg=2"),
         (["--prompt", "x", "--height", "31"], "height=31 must be a multiple of 8"),

@@ -29,6 +29,7 @@ def test_the_defaults_are_the_papers() -> None:
         "blocks": None,
         "max_memory": None,
         "stride": 1,
+        "time_shift": False,
     }
 
 
@@ -44,6 +45,7 @@ def test_every_choice_is_accepted(strategy: str, split: str, group_norm: str) ->
 def test_what_ranks_must_agree_on_is_in_the_text_of_stages() -> None:
     """Two configurations that run differently must not read alike: ranks compare the texts."""
     asked = {}, {"patch": 2}, {"patch": 2, "split": "cols"}, {"patch": 2, "balance": (2, 1)}, {"stride": 2}, {"pipe": 2}
+    asked += ({"time_shift": True},)
     texts = [str(ParallelConfig(strategy="pipelined", **settings)) for settings in asked]
     assert len(set(texts)) == len(asked)
     assert texts[2] == "strategy=pipelined cfg=1 pipe=all patch=2 split=cols warmup_steps=4"
@@ -66,6 +68,13 @@ def test_what_ranks_must_agree_on_is_in_the_text_of_stages() -> None:
             r"stride=2 does not go with patches=1: it",
         ),
         ({"strategy": "pipelined", "stride": 2, "pipe": 1}, r"stride=2 takes two ranks for the last stage"),
+        ({"strategy": "sync", "time_shift": True}, r"time_shift=True goes with strategy='pipelined' only, not with"),
+        ({"strategy": "pipelined", "time_shift": 1}, r"time_shift=1 must be True or False"),
+        (
+            {"strategy": "pipelined", "time_shift": True, "patches": 4},
+            r"time_shift=True does not go with patches=4, which stream",
+        ),
+        ({"strategy": "pipelined", "time_shift": True, "pipe": 1}, r"time_shift=True is about .* pipe must be at lea"),
         ({"strategy": "sync", "pipe": 2}, r"pipe=2 goes with strategy='pipelined' only, not with 'sync'"),
         ({"strategy": "pipelined", "pipe": 0}, r"pipe=0 must be a whole number of at least 1"),
         (

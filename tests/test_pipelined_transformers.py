@@ -71,3 +71,15 @@ def test_other_stages_are_one_step_late_exactly(name: str) -> None:
     wanted = [reference.step(**each) for each in given]
     for results, _ in ran:
         assert all(distance(mine, theirs) <= EXACT for mine, theirs in zip(results, wanted, strict=True))
+
+
+def test_a_call_that_leaves_out_blocks_is_refused_where_too_few_are_left() -> None:
+    given = {**calls("sd3", 1)[0], "skip_layers": [1]}  # of three
+
+    def rank(comm: Any) -> str:
+        model = df.parallelize(build(MODELS["sd3"]), df.ParallelConfig(strategy="pipelined"), comm)
+        with pytest.raises(df.UnsupportedModel) as caught:
+            model(**given)
+        return str(caught.value)
+
+    assert set(df.run_ranks(3, rank)) == {"3 stages for the 2 parts of the model that run in this call"}

@@ -16,7 +16,7 @@ from diffusers import UNet2DConditionModel
 import distrifusion as df
 from distrifusion.bench.workload import SHAPES
 from distrifusion.comm import Comm
-from distrifusion.config import CODECS
+from distrifusion.forms import CODECS
 from distrifusion.geometry import Levels, Split, Window
 from distrifusion.models import table_for
 from distrifusion.planner import Anatomy, Context, Conv, Crossing, Norm, Traffic, traffic

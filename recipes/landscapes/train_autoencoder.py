@@ -19,7 +19,7 @@ from .networks import make_autoencoder
 from .parallel import agree, average_gradients, setup
 
 CROP = 64
-NOISE = 0.06  # added to the latents, so that the decoder forgives a small error of the denoiser
+NOISE = 0.03  # added to the latents, so that the decoder forgives a small error of the denoiser
 
 
 def load_crops(cache: Path, forms: list[str], batch: int, rng: np.random.Generator) -> Tensor:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import pickle
 import secrets
-from collections.abc import Mapping
+from collections.abc import Collection, Iterable, Mapping
+from itertools import product
 from typing import TYPE_CHECKING, Any
 
 from .checkpoint import Checkpoint
@@ -85,6 +86,42 @@ def num_workers(config: ParallelConfig, nproc: int | None, device: str) -> int:
             "or device='cpu'"
         )
     return wanted
+
+
+def stagings(**choices: Iterable[Any]) -> list[dict[str, Any]]:
+    """The settings of ``pipelined`` that ``choices`` give, values by name: their product, each once.
+
+    What does not go together is left out of it.
+
+    Raises:
+        ConfigError: a value that cannot be, or that goes with none of the others.
+    """
+    found: list[dict[str, Any]] = []
+    refused: dict[tuple[str, Any], ConfigError] = {}
+    for values in product(*(dict.fromkeys(each) for each in choices.values())):
+        given = dict(zip(choices, values, strict=True))
+        try:
+            ParallelConfig(strategy="pipelined", **given)
+        except ConfigError as error:
+            for item in given.items():
+                refused.setdefault(item, error)
+        else:
+            found.append(given)
+    for (name, value), why in refused.items():
+        if all(given[name] != value for given in found):
+            raise why
+    return found
+
+
+def check_staged(strategies: Collection[str], options: Mapping[str, Any]) -> None:
+    """Whether ``options`` of the command line that are about ``pipelined``, values by name, are given beside it.
+
+    Raises:
+        ConfigError: they are not.
+    """
+    for option, given in options.items():
+        if given and "pipelined" not in strategies:
+            raise ConfigError(f"{option} is of strategy='pipelined': give --strategy pipelined too, or leave it out")
 
 
 def dtype_name(dtype: str | torch.dtype | None, device: str, found: Checkpoint) -> str | None:

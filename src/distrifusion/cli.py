@@ -14,8 +14,9 @@ import typer
 from . import __version__
 from .bench import bench
 from .compare import compare
-from .config import ParallelConfig, shift_choice
+from .config import ParallelConfig
 from .errors import ConfigError, RanksDisagree, UnsupportedModel
+from .forms import shift_choice
 
 BAD_INPUT, FAILED, INTERRUPTED = 2, 1, 130  # exit codes
 
@@ -71,6 +72,12 @@ def generate(
     stride: Annotated[
         int, typer.Option(help="Of pipelined: 2 runs each stage in every other step, and the last one on two ranks.")
     ] = _DEFAULT.stride,
+    time_shift: Annotated[
+        bool,
+        typer.Option(
+            "--time-shift", help="Of pipelined: tell stages the time of the step before. For pictures that are noisy."
+        ),
+    ] = _DEFAULT.time_shift,
     patches: Annotated[
         int | None, typer.Option(help="Of pipelined: the picture in so many patches that stream through the stages.")
     ] = None,
@@ -157,6 +164,7 @@ def generate(
         pipe=pipe,
         patches=patches,
         stride=stride,
+        time_shift=time_shift,
         blocks=blocks,  # type: ignore[arg-type]
         split=split,  # type: ignore[arg-type]
         group_norm=group_norm,  # type: ignore[arg-type]

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import math
-import re
 from collections.abc import Mapping, Sequence
-from contextlib import suppress
 from dataclasses import dataclass, fields
-from typing import Any, Literal, get_args
+from typing import Literal, get_args
 
 from .errors import ConfigError
+from .forms import MEASURED, SHIFTS, balance_text, codec_text, codecs_of, one_of, quoted, share, size_of, whole
 
 StrategyName = Literal["sync", "displaced", "naive", "shifted", "pipelined", "tensor"]
 SplitDim = Literal["rows", "cols", "frames"]
@@ -23,15 +21,6 @@ Blocks = Literal["every", "freed"]
 BUILT: tuple[StrategyName, ...] = get_args(StrategyName)
 """The strategies, in the order of tables."""
 
-SHIFTS = ("golden", "random")
-"""Ways to move the borders of ``shifted``, beside a number of rows."""
-
-CODECS = ("fp16", "bf16", "int8", "int4", "int2", "1bit")
-"""Codecs for what travels between ranks, see docs/codecs.md."""
-
-MEASURED = "measured"
-"""The balance that follows the speed of the ranks."""
-
 UNCODED: dict[StrategyName, str] = {
     "naive": "exchanges nothing inside the denoiser",
     "shifted": "exchanges nothing inside the denoiser",
@@ -39,9 +28,6 @@ UNCODED: dict[StrategyName, str] = {
     "tensor": "has no patches",
 }
 """Strategies for which ``codec`` and ``context_window`` do nothing, and why."""
-
-CODED_SEAMS = ("context", "halo")
-"""Seams whose values may be coded. Moments never are: few bytes, and statistics of float32."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -105,6 +91,9 @@ class ParallelConfig:
             planned: a check of the weights of each rank, and of decodes. See docs/memory.md.
         stride: of ``pipelined`` without ``patch`` and ``patches``: 2 runs each stage once for two steps, for which two
             ranks have the last stage, one for each of these steps (AsyncDiff). See docs/pipelined.md.
+        time_shift: of ``pipelined`` without ``patches``: after ``warmup_steps``, stages are told the time of the step
+            before the one that they compute for (as AsyncDiff's published code does it). For pictures that come out
+            noisy; else leave it. See docs/pipelined.md.
 
     Raises:
         ConfigError: a value that is not one of these, printed with what would be right.
@@ -130,30 +119,29 @@ class ParallelConfig:
     blocks: Blocks | None = None
     max_memory: int | str | None = None
     stride: int = 1
+    time_shift: bool = False
 
     def __post_init__(self) -> None:
-        _one_of("strategy", self.strategy, BUILT)
-        _one_of("split", self.split, get_args(SplitDim))
-        _one_of("group_norm", self.group_norm, get_args(GroupNormMode))
-        _one_of("text_encoders", self.text_encoders, get_args(TextEncoders))
-        _whole("cfg", self.cfg, 1)
+        one_of("strategy", self.strategy, BUILT)
+        one_of("split", self.split, get_args(SplitDim))
+        one_of("group_norm", self.group_norm, get_args(GroupNormMode))
+        one_of("text_encoders", self.text_encoders, get_args(TextEncoders))
+        whole("cfg", self.cfg, 1)
         if self.cfg > 2:
             raise ConfigError(f"cfg={self.cfg} must be 1 or 2: guidance has two branches")
         for name in ("patch", "pipe", "patches"):
             if getattr(self, name) is not None:
-                _whole(name, getattr(self, name), 1)
+                whole(name, getattr(self, name), 1)
         if self.strategy == "tensor":
             self._check_slices()
         self._check_stages()
-        if self.strategy != "pipelined" and self.pipe not in (None, 1):
-            raise ConfigError(f"pipe={self.pipe} goes with strategy='pipelined' only, not with {self.strategy!r}")
         if self.patches is not None and self.strategy != "pipelined":
             raise ConfigError(
                 f"patches={self.patches} goes with strategy='pipelined' only, not with {self.strategy!r}, where patch= "
                 "is the number of ranks along the picture"
             )
         if self.blocks is not None:
-            _one_of("blocks", self.blocks, get_args(Blocks))
+            one_of("blocks", self.blocks, get_args(Blocks))
         if self.blocks == "freed" and self.patches is None:
             raise ConfigError(
                 f"blocks={self.blocks!r} goes with strategy='pipelined' and patches only: without patches, each rank "
@@ -164,11 +152,11 @@ class ParallelConfig:
                 f"balance={self.balance!r} does not go with patches={self.patches}, where stages follow the size of "
                 "the blocks: leave one of them out"
             )
-        _whole("warmup_steps", self.warmup_steps, 0)
+        whole("warmup_steps", self.warmup_steps, 0)
         # As text it is hashable, and the same however it was given.
-        object.__setattr__(self, "codec", _codec_text(self.codec))
-        _share("context_window", self.context_window)
-        object.__setattr__(self, "balance", _balance_text(self.balance))
+        object.__setattr__(self, "codec", codec_text(self.codec))
+        share("context_window", self.context_window)
+        object.__setattr__(self, "balance", balance_text(self.balance))
         if self.balance == MEASURED and self.warmup_steps < 1:
             raise ConfigError(
                 f"balance={MEASURED!r} with warmup_steps={self.warmup_steps} leaves no step to measure: "
@@ -186,9 +174,9 @@ class ParallelConfig:
                     f"{name}={getattr(self, name)!r} does nothing under strategy={self.strategy!r}, which {why}; "
                     "leave it out"
                 )
-        object.__setattr__(self, "max_memory", _size("max_memory", self.max_memory))
-        _one_of("topology", self.topology, get_args(Topology))
-        _one_of("latents", self.latents, get_args(Latents))
+        object.__setattr__(self, "max_memory", size_of("max_memory", self.max_memory))
+        one_of("topology", self.topology, get_args(Topology))
+        one_of("latents", self.latents, get_args(Latents))
         if self.topology != "plane" and self.strategy in ("pipelined", "tensor"):
             raise ConfigError(
                 f"topology={self.topology!r} is known for patches and for one device, not for "
@@ -199,9 +187,9 @@ class ParallelConfig:
             or not (self.shift in SHIFTS or isinstance(self.shift, int))
             or (isinstance(self.shift, int) and self.shift < 0)
         ):
-            raise ConfigError(f"shift={self.shift!r} must be one of {_quoted(SHIFTS)}, or a number of rows")
-        _whole("shift_seed", self.shift_seed, 0)
-        _whole("overlap", self.overlap, 0)
+            raise ConfigError(f"shift={self.shift!r} must be one of {quoted(SHIFTS)}, or a number of rows")
+        whole("shift_seed", self.shift_seed, 0)
+        whole("overlap", self.overlap, 0)
         if self.strategy == "shifted" and self.split == "frames":
             raise ConfigError("split='frames' is not for strategy='shifted', whose borders move over a picture")
         if self.strategy != "shifted":
@@ -220,15 +208,26 @@ class ParallelConfig:
                 f"patch={self.patch} does not go with patches={self.patches}, which stream through stages of one rank "
                 "each: leave one of them out"
             )
-        _whole("stride", self.stride, 1)
+        whole("stride", self.stride, 1)
         if self.stride > 2:
             raise ConfigError(f"stride={self.stride} must be 1 or 2")
+        if not isinstance(self.time_shift, bool):
+            raise ConfigError(f"time_shift={self.time_shift!r} must be True or False")
+        asked = ("pipe", self.pipe or 1, 1), ("stride", self.stride, 1), ("time_shift", self.time_shift, False)
+        for name, value, plain in asked:
+            if self.strategy != "pipelined" and value != plain:
+                raise ConfigError(
+                    f"{name}={value} goes with strategy='pipelined' only, not with {self.strategy!r}; leave it out"
+                )
+        if self.time_shift and self.patches is not None:
+            raise ConfigError(
+                f"time_shift=True does not go with patches={self.patches}, which stream through stages that are all at "
+                "one time step: leave one of them out"
+            )
+        if self.time_shift and self.pipe == 1:
+            raise ConfigError("time_shift=True is about stages of several time steps: pipe must be at least 2")
         if self.stride == 1:
             return
-        if self.strategy != "pipelined":
-            raise ConfigError(
-                f"stride={self.stride} goes with strategy='pipelined' only, not with {self.strategy!r}; leave it out"
-            )
         for name in ("patch", "patches"):
             if getattr(self, name) not in (None, 1) or (name == "patches" and self.patches is not None):
                 raise ConfigError(
@@ -251,7 +250,7 @@ class ParallelConfig:
     def codecs(self) -> dict[str, str]:
         """The codec of each seam that has one."""
         assert self.codec is None or isinstance(self.codec, str)
-        return _codecs_of(self.codec) if self.codec is not None else {}
+        return codecs_of(self.codec) if self.codec is not None else {}
 
     @property
     def weights(self) -> tuple[float, ...] | None:
@@ -289,7 +288,6 @@ class ParallelConfig:
         return " ".join(facts + self.extras + shared)
 
 
-_SIZE = re.compile(r"(\d+(?:\.\d+)?)(KiB|MiB|GiB|TiB)", re.ASCII)
 _OF_SHIFTED = ("shift", "shift_seed", "overlap", "latents")
 _EXTRAS = (
     "codec",
@@ -302,113 +300,8 @@ _EXTRAS = (
     "patches",
     "blocks",
     "stride",
+    "time_shift",
 )
 
-
-def shift_choice(text: str) -> str | int:
-    """What the command line calls a shift: a name, or a number of rows."""
-    return int(text) if text.isascii() and text.isdigit() else text
-
-
-def codec_choices(names: Sequence[str]) -> list[str | None]:
-    """What the command line calls ``none`` and the codecs, in their normal form, each once.
-
-    Raises:
-        ConfigError: a name that is neither.
-    """
-    return list(dict.fromkeys(None if name == "none" else _codec_text(name) for name in names))
-
-
-def patches_choices(names: Sequence[str]) -> list[int | None]:
-    """What the command line calls ``none`` and numbers of patches that stream, each once.
-
-    Raises:
-        ConfigError: what is neither.
-    """
-    found = [None if name == "none" else int(name) if name.isascii() and name.isdigit() else name for name in names]
-    for patches in found:
-        ParallelConfig(strategy="pipelined", patches=patches)  # type: ignore[arg-type]
-    return list(dict.fromkeys(found))  # type: ignore[arg-type]
-
-
-def _codec_text(codec: Any) -> str | None:
-    """``codec`` in its one normal form: a name where all seams have the same, else ``seam=name,...``."""
-    if codec is None:
-        return None
-    if isinstance(codec, str):
-        named: Any = _codecs_of(codec)
-        if "=" in codec and len(named) != codec.count(",") + 1:
-            raise ConfigError(f"codec={codec!r} names a seam twice: give each one codec")
-    elif isinstance(codec, Mapping):
-        named = codec
-    else:
-        raise ConfigError(f"codec={codec!r} must be one of {_quoted(CODECS)}, or a mapping of seams to them")
-    for seam, name in named.items():
-        if seam not in CODED_SEAMS or name not in CODECS:
-            raise ConfigError(
-                f"codec={codec!r} must be one of {_quoted(CODECS)}, or a mapping of {_quoted(CODED_SEAMS)} to them"
-            )
-    found = [f"{seam}={named[seam]}" for seam in CODED_SEAMS if seam in named]
-    names = set(named.values())
-    return (names.pop() if len(names) == 1 and len(found) == len(CODED_SEAMS) else ",".join(found)) or None
-
-
-def _codecs_of(text: str) -> dict[str, str]:
-    """Seam -> name from either form of the text, unchecked."""
-    if "=" not in text:
-        return dict.fromkeys(CODED_SEAMS, text)
-    parts = [part.partition("=") for part in text.split(",")]
-    return {seam.strip(): name.strip() for seam, _, name in parts}
-
-
-def _balance_text(balance: Any) -> str | None:
-    """``balance`` in its one normal form: ``"measured"``, or the weights as numbers with commas between them."""
-    if balance is None or (isinstance(balance, str) and balance == MEASURED):
-        return balance
-    values: Any = balance.split(",") if isinstance(balance, str) else balance
-    weights: list[float] = []
-    if isinstance(values, list | tuple):
-        with suppress(TypeError, ValueError, OverflowError):  # no number, or one too large
-            weights = [math.nan if isinstance(value, bool) else float(value) for value in values]
-    if not weights or not all(math.isfinite(weight) and weight > 0 for weight in weights):
-        raise ConfigError(
-            f"balance={balance!r} must be None, {MEASURED!r}, or a positive number for each rank along the picture, "
-            "such as (2, 1, 1) or '2,1,1'"
-        )
-    return ",".join(repr(weight).removesuffix(".0") for weight in weights)
-
-
-def _size(name: str, value: Any) -> int | None:
-    """``value`` in bytes."""
-    if isinstance(value, str) and value.isascii() and value.isdigit():
-        value = int(value)
-    if value is None or (isinstance(value, int) and not isinstance(value, bool) and value > 0):
-        return value
-    found = _SIZE.fullmatch(value) if isinstance(value, str) else None
-    num_bytes = int(float(found[1]) * 1024 ** ("KiB", "MiB", "GiB", "TiB").index(found[2]) * 1024) if found else 0
-    if num_bytes < 1:
-        raise ConfigError(
-            f"{name}={value!r} must be a positive number of bytes, or a size in KiB, MiB, GiB or TiB such as '4GiB'"
-        )
-    return num_bytes
-
-
-def _quoted(names: tuple[str, ...]) -> str:
-    return ", ".join(map(repr, names))
-
-
-def _share(name: str, value: Any) -> None:
-    if value is None:
-        return
-    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value <= 1 or math.isnan(value):
-        raise ConfigError(f"{name}={value!r} must be None or a number from 0 to 1")
-
-
-def _one_of(name: str, value: Any, allowed: tuple[str, ...]) -> None:
-    if value not in allowed:
-        raise ConfigError(f"{name}={value!r} must be one of {_quoted(allowed)}")
-
-
-def _whole(name: str, value: Any, least: int) -> None:
-    if isinstance(value, bool) or not isinstance(value, int) or value < least:
-        raise ConfigError(f"{name}={value!r} must be a whole number of at least {least}")
+OF_STAGES = ("patches", "blocks", "stride", "time_shift")
+"""Settings that do nothing where the model is one stage."""

@@ -44,6 +44,13 @@ def bench(
     blocks: Annotated[
         str | None, typer.Option(help="Of pipelined with --patches: every or freed. Default: every.")
     ] = None,
+    patch: Annotated[
+        list[int] | None,
+        typer.Option(help="Of pipelined: ranks of each stage, see generate; may be given again. Default: 1."),
+    ] = None,
+    stride: Annotated[
+        list[int] | None, typer.Option(help="Of pipelined, see generate; may be given again. Default: 1.")
+    ] = None,
     size: Annotated[
         list[str] | None, typer.Option(help="Pixels as HEIGHTxWIDTH, or one number for both; may be given again.")
     ] = None,
@@ -74,6 +81,8 @@ def bench(
         balance,
         patches or [],
         blocks,
+        patch or [],
+        stride or [],
         size or [],
         height,
         width,
@@ -102,6 +111,8 @@ class Order:
     balance: str | None
     patches: list[str]
     blocks: str | None
+    stage_ranks: list[int]
+    strides: list[int]
     sizes: list[str]
     height: int | None
     width: int | None
@@ -119,10 +130,11 @@ class Order:
         Raises:
             ConfigError: a value that cannot be measured; names it and what would be right.
         """
-        from ..choices import check_device
-        from ..config import ParallelConfig, codec_choices, patches_choices
+        from ..choices import check_device, check_staged
+        from ..config import ParallelConfig
+        from ..forms import codec_choices, patch_choices, patches_choices
         from .plan import Plan, cases_for, num_threads, parse_sizes
-        from .workload import VAES, check_name, check_streams
+        from .workload import VAES, check_name, check_stages, check_streams
 
         # A VAE is exact under every strategy.
         names = self.strategies or (["sync"] if self.model in VAES else ["sync", "displaced", "naive"])
@@ -137,6 +149,9 @@ class Order:
         check_name(self.model)
         if most is not None:
             check_streams(self.model, most)
+        given = {"--patches": self.patches, "--patch": self.stage_ranks, "--stride": self.strides}
+        check_stages(self.model, given)
+        check_staged(strategies, given)
         check_device(self.device)
         worlds = sorted(set(self.worlds or default_worlds))
         return Plan(
@@ -152,6 +167,8 @@ class Order:
                 asked.balance,
                 patches,
                 self.blocks,  # type: ignore[arg-type]
+                patch_choices(self.stage_ranks),
+                self.strides or [1],
             ),
             rounds=self.rounds,
             steps=self.steps,

@@ -33,7 +33,7 @@ class Timing:
     seconds: list[float] = field(default_factory=list)  # per timed step
     cpu_seconds: list[float] = field(default_factory=list)  # per step, summed over the case's ranks
     waited: list[float] = field(default_factory=list)  # host seconds per step in waits, rank 0
-    messages: int = 0  # per step and rank
+    messages: float = 0  # per step and rank
     num_bytes: int = 0
     slot_bytes: int = 0  # memory for late messages, rank 0
     peaks: list[int | None] = field(default_factory=list)  # bytes of memory, by rank; None: not known
@@ -95,9 +95,13 @@ class Bench:
             self._num_done += 1
             self._tell(self._num_done, total)
 
+    def _num_steps(self, case: Case) -> int:
+        """Of a turn."""
+        return case.num_untimed + case.stride * self._plan.steps
+
     def _time(self, timing: Timing) -> None:
-        comm, work = self._comms[timing.case.world], self._work[timing.size]
-        samples = [work.sample(step) for step in range(timing.case.num_untimed + self._plan.steps)]
+        comm, work, case = self._comms[timing.case.world], self._work[timing.size], timing.case
+        samples = [work.sample(step) for step in range(self._num_steps(case))]
         memory, busy = PeakMemory(work.device), list[float]()
         with _spread(work, timing.case, comm):
             comm.barrier()
@@ -105,14 +109,18 @@ class Bench:
             for step, sample in enumerate(samples):
                 started, used, waited = perf_counter(), process_time(), comm.meter.waited
                 _call(work, sample)
-                if step >= timing.case.num_untimed:
-                    timing.seconds.append(perf_counter() - started)
-                    busy.append(process_time() - used)
-                    timing.waited.append(comm.meter.waited - waited)
+                if step < case.num_untimed:
+                    continue
+                taken = perf_counter() - started, process_time() - used, comm.meter.waited - waited
+                for seconds, each in zip((timing.seconds, busy, timing.waited), taken, strict=True):
+                    if (step - case.num_untimed) % case.stride == 0:
+                        seconds.append(0.0)
+                    seconds[-1] += each / case.stride  # steps that are computed at once are timed as one
             timing.cpu_seconds += map(sum, zip(*comm.all_gather_object(busy), strict=True))
             ran = report(work.model)
             if ran.messages:
-                timing.messages, timing.num_bytes = ran.messages[-1], ran.bytes[-1]
+                messages, num_bytes = sum(ran.messages[-case.stride :]), sum(ran.bytes[-case.stride :])
+                timing.messages, timing.num_bytes = messages / case.stride, num_bytes // case.stride
                 timing.slot_bytes = ran.slot_bytes
             for tally in ran.vae.values():
                 timing.messages, timing.num_bytes = tally.messages // tally.calls, tally.bytes // tally.calls
@@ -124,7 +132,7 @@ class Bench:
         ranks = "1 rank" if comm.world == 1 else f"{comm.world} ranks"
         label = f"{timing.case.name}, {ranks}, {timing.size[0]} x {timing.size[1]}"
         with recorder.modules(work.model), _spread(work, timing.case, comm):
-            for step in range(timing.case.num_untimed + self._plan.steps):
+            for step in range(self._num_steps(timing.case)):
                 sample = work.sample(step)
                 comm.barrier()
                 if step == timing.case.num_untimed:

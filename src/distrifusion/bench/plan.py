@@ -7,8 +7,10 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from ..config import MEASURED, UNCODED, Blocks, ParallelConfig, StrategyName
+from ..choices import stagings
+from ..config import UNCODED, Blocks, ParallelConfig, StrategyName
 from ..errors import ConfigError
+from ..forms import MEASURED
 from ..geometry import Split
 from ..mesh import Mesh
 
@@ -29,6 +31,8 @@ class Case:
     balance: str | None = None
     patches: int | None = None
     blocks: Blocks | None = None
+    patch: int | None = None  # ranks of a stage; of other strategies, all that there are
+    stride: int = 1
 
     @property
     def name(self) -> str:
@@ -38,6 +42,8 @@ class Case:
         parts = [self.strategy, "cfg 2" if self.cfg == 2 else "", self.codec or ""]
         parts += [f"window {self.context_window:g}"] if self.context_window is not None else []
         parts += [f"balance {self.balance}"] if self.balance is not None else []
+        parts += [f"patch {self.patch}"] if self.patch is not None else []
+        parts += [f"stride {self.stride}"] if self.stride > 1 else []
         parts += [f"{self.patches} patches"] if self.patches is not None else []
         parts += [f"blocks {self.blocks}"] if self.blocks is not None else []
         return " ".join(filter(None, parts))
@@ -55,6 +61,8 @@ class Case:
             balance=self.balance,
             patches=self.patches,
             blocks=self.blocks,
+            patch=self.patch,
+            stride=self.stride,
         )
 
     @property
@@ -66,9 +74,10 @@ class Case:
     def num_untimed(self) -> int:
         """Steps before the timed ones: the synchronous ones, and the first displaced one, which allocates.
 
-        Where patches stream, it is the one in which ranks learn their shapes.
+        Where patches stream, it is the one in which ranks learn their shapes; with a stride, the first two that are
+        computed at once.
         """
-        return self._warmup_steps + 2
+        return self._warmup_steps + 1 + self.stride
 
 
 @dataclass(frozen=True)
@@ -86,7 +95,7 @@ class Plan:
     batch: int
     cases: tuple[Case, ...]
     rounds: int = 5
-    steps: int = 3  # timed steps per round, case and size
+    steps: int = 3  # timed steps per round, case and size; with a stride, so many pairs of them
     dtype: str = "float32"
     device: str = "cpu"
     traces: bool = False  # one round more, untimed, in which sends and waits are noted
@@ -133,12 +142,19 @@ def cases_for(
     balance: str | None = None,
     patches: Sequence[int | None] = (None,),
     blocks: Blocks | None = None,
+    stage_ranks: Sequence[int | None] = (None,),
+    strides: Sequence[int] = (1,),
 ) -> tuple[Case, ...]:
     """The bare model on one thread and on ``threads``, then every strategy on every world with every codec.
 
     One rank is one case, and so are strategies that send nothing that a codec could shorten. ``pipelined`` runs with
-    each of ``patches``; where they stream, ``blocks`` goes with it, and ``balance`` does not.
+    all of ``patches``, ``stage_ranks`` and ``strides`` that go together (see `stagings`); where patches stream,
+    ``blocks`` goes with it, and ``balance`` does not.
+
+    Raises:
+        ConfigError: one of these that goes with none of the others.
     """
+    staged = stagings(patches=patches, patch=stage_ranks, stride=strides)
     cases = [Case(None)] + ([Case(None, threads=threads)] if threads > 1 else [])
     for world in worlds:
         if world == 1:
@@ -146,9 +162,10 @@ def cases_for(
             continue
         for strategy in strategies:
             if strategy == "pipelined":
-                for count in patches:
-                    extra = {"balance": balance} if count is None else {"patches": count, "blocks": blocks}
-                    cases.append(Case(strategy, world, **extra))
+                for settings in staged:
+                    is_streamed = settings["patches"] is not None
+                    extra: dict[str, Any] = {"blocks": blocks} if is_streamed else {"balance": balance}
+                    cases.append(Case(strategy, world, **settings, **extra))
                 continue
             if strategy in UNCODED:
                 cases.append(Case(strategy, world, balance=balance))

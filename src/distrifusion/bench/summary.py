@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
+from dataclasses import asdict
 from statistics import median
 from typing import Any
 
@@ -30,9 +31,7 @@ def summary(plan: Plan, timings: Sequence[Timing], wire: str) -> dict[str, Any]:
         rows.append(
             {
                 "case": timing.case.name,
-                "strategy": timing.case.strategy,
-                "world": timing.case.world,
-                "threads": timing.case.threads,
+                **asdict(timing.case),
                 "height": timing.size[0],
                 "width": timing.size[1],
                 "seconds_per_step": round(timing.pace, 5),
@@ -83,7 +82,7 @@ def table(found: dict[str, Any]) -> Any:
             f"{row['share_of_linear']:.0%}",
             f"{row['cpu_seconds_per_step']:.3f}",
             f"{row['waited_per_step']:.3f}",
-            str(row["messages_per_step"]),
+            f"{row['messages_per_step']:g}",
             human_bytes(row["bytes_per_step"]),
             human_bytes(row["slot_bytes"]),
             human_bytes(max(peaks)) if None not in peaks else "-",

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -167,6 +167,17 @@ def check_streams(name: str, patches: int) -> None:
             f"--patches {patches} stream through transformers, and {name!r} is none: take {', '.join(TRANSFORMERS)} "
             "or the folder of one"
         )
+
+
+def check_stages(name: str, options: Mapping[str, Any]) -> None:
+    """Refuse ``options`` about stages, values by name, for a decode, which all ranks share.
+
+    Raises:
+        ConfigError: one is given.
+    """
+    for option, given in options.items():
+        if given and name in VAES:
+            raise ConfigError(f"{option} is about stages of a denoiser, and {name!r} is a VAE's decode: leave it out")
 
 
 def _has(name: str, part: str) -> bool:

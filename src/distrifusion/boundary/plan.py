@@ -106,14 +106,22 @@ class Stages:
 
         All ranks must cut alike. What they count is the same on all of them, but where they measure time, or have
         patches of their own: there the sum over all counts, by one message.
+
+        Raises:
+            UnsupportedModel: fewer groups of units have run than there are stages.
         """
         groups: dict[int, list[UnitCall]] = {}  # in the order they run
         for call in self.calls.values():
             groups.setdefault(call.group, []).append(call)
+        num_stages = self.comm.world - (self._double is not None)
+        if len(groups) < num_stages:  # of those of the model, which are enough, some have not
+            raise UnsupportedModel(
+                f"{num_stages} stages for the {len(groups)} parts of the model that run in this call"
+            )
         links = [_link(calls) for calls in groups.values()]
         if self.is_measured or self._everyone.world > self.comm.world:
             links = [_sum(each) for each in zip(*self._everyone.all_gather_object(links), strict=True)]
-        found = cut(links, output, self.comm.world - (self._double is not None))
+        found = cut(links, output, num_stages)
         self._owners = dict(zip(groups, found.stages, strict=True))
         self._output = found.output
         for call in self.calls.values():

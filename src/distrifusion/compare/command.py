@@ -57,6 +57,16 @@ def compare(
         list[str] | None,
         typer.Option(help="Of pipelined, see generate; none is one too; may be given again. Default: none."),
     ] = None,
+    patch: Annotated[
+        list[int] | None,
+        typer.Option(help="Of pipelined: ranks of each stage, see generate; may be given again. Default: 1."),
+    ] = None,
+    stride: Annotated[
+        list[int] | None, typer.Option(help="Of pipelined, see generate; may be given again. Default: 1.")
+    ] = None,
+    time_shift: Annotated[
+        bool, typer.Option("--time-shift", help="Of pipelined: without it and with it, see generate.")
+    ] = False,
     split: Annotated[str, typer.Option(help="rows or cols of the picture.")] = "rows",
     cfg: Annotated[int, typer.Option(help="2: the branches of guidance on separate ranks.")] = 1,
     height: Annotated[int | None, typer.Option(help="Pixels; without it, the model's own.")] = None,
@@ -87,8 +97,8 @@ def compare(
     given again.
     """
     from ..checkpoint import find
-    from ..choices import check_device, dtype_name
-    from ..config import codec_choices, patches_choices, shift_choice
+    from ..choices import check_device, check_staged, dtype_name
+    from ..forms import codec_choices, patch_choices, patches_choices, shift_choice
     from .output import Output
     from .plan import Plan, cases_for, default_guidance, read_prompts
     from .summary import table
@@ -99,8 +109,11 @@ def compare(
     if folders is not None:
         found = _compare_folders(folders, output, world, split, show, force, given)
     else:
+        strategies = strategy or ["sync", "displaced", "naive"]
+        options = {"--patches": patches, "--patch": patch, "--stride": stride, "--time-shift": time_shift}
+        check_staged(strategies, options)
         cases = cases_for(
-            strategy or ["sync", "displaced", "naive"],
+            strategies,
             world or [2, 4],
             steps or [25],
             warmup_steps or [4],
@@ -112,6 +125,9 @@ def compare(
             [shift_choice(text) for text in shift or []] or [None],
             overlap or [None],
             patches_choices(patches or ["none"]),
+            patch_choices(patch or []),
+            stride or [1],
+            [False, True] if time_shift else [False],
         )
         texts = read_prompts(prompts, prompt, model is None, limit)
         if jobs is not None and jobs < 1:

@@ -11,9 +11,10 @@ from pathlib import Path
 from typing import Any
 
 from ..checkpoint import Checkpoint
-from ..choices import check_size
-from ..config import BUILT, CODECS, UNCODED, GroupNormMode, ParallelConfig, SplitDim, StrategyName
+from ..choices import check_size, stagings
+from ..config import BUILT, UNCODED, GroupNormMode, ParallelConfig, SplitDim, StrategyName
 from ..errors import ConfigError
+from ..forms import CODECS
 from ..mesh import Mesh
 
 BUNDLED_PROMPTS = Path(__file__).parent / "prompts.txt"
@@ -26,7 +27,8 @@ class Case:
     """One way to paint all prompts. ``strategy`` None is one device, which the others are measured against.
 
     ``warmup_steps`` and ``group_norm`` are None where the strategy has no such setting; ``codec``, ``context_window``,
-    ``shift``, ``overlap`` and ``streamed``, the ``patches`` of the configuration, also where they were not asked for.
+    ``shift``, ``overlap``, ``streamed``, the ``patches`` of the configuration, and ``patch``, also where they were not
+    asked for.
     """
 
     strategy: StrategyName | None
@@ -41,6 +43,9 @@ class Case:
     shift: str | int | None = None
     overlap: int | None = None
     streamed: int | None = None
+    patch: int | None = None  # ranks of a stage of ``pipelined``
+    stride: int = 1
+    time_shift: bool = False
 
     @property
     def name(self) -> str:
@@ -55,6 +60,9 @@ class Case:
         parts += [f"shift-{self.shift}"] if self.shift is not None else []
         parts += [f"overlap-{self.overlap}"] if self.overlap is not None else []
         parts += [f"patches-{self.streamed}"] if self.streamed is not None else []
+        parts += [f"patch-{self.patch}"] if self.patch is not None else []
+        parts += [f"stride-{self.stride}"] if self.stride > 1 else []
+        parts += ["time-shift"] if self.time_shift else []
         parts += ["cols"] if self.split == "cols" else []
         return "-".join(parts + (["cfg-2"] if self.cfg == 2 else []))
 
@@ -71,6 +79,9 @@ class Case:
         parts += [f"shift {self.shift}"] if self.shift is not None else []
         parts += [f"overlap {self.overlap}"] if self.overlap is not None else []
         parts += [f"{self.streamed} patches"] if self.streamed is not None else []
+        parts += [f"patch {self.patch}"] if self.patch is not None else []
+        parts += [f"stride {self.stride}"] if self.stride > 1 else []
+        parts += ["time shift"] if self.time_shift else []
         parts += ["cols"] if self.split == "cols" else []
         return ", ".join(parts + (["cfg 2"] if self.cfg == 2 else []))
 
@@ -82,8 +93,10 @@ class Case:
             ConfigError: a value that cannot be.
         """
         assert self.strategy is not None, "one device spreads nothing"
-        names = ("warmup_steps", "group_norm", "codec", "context_window", "shift", "overlap")
-        given = {"patches": self.streamed} | {name: getattr(self, name) for name in names}
+        names = ("warmup_steps", "group_norm", "codec", "context_window", "shift", "overlap", "patch", "stride")
+        given = {"patches": self.streamed, "time_shift": self.time_shift} | {
+            name: getattr(self, name) for name in names
+        }
         chosen: dict[str, Any] = {name: value for name, value in given.items() if value is not None}
         if self.strategy == "shifted":
             chosen["latents"] = "whole"  # the same pictures, and one rank alone may look at them after each step
@@ -101,8 +114,9 @@ class Case:
         codec = sorted(map(CODECS.index, self.config.codecs.values())) if self.strategy is not None else []
         window = 2.0 if self.context_window is None else self.context_window
         first = (self.steps, place, self.world, self.warmup_steps or 0, self.group_norm or "")
-        moved = str(self.shift or ""), self.overlap or 0, self.streamed or 0
-        return *first, codec, self.codec or "", -window, *moved, self.split, self.cfg
+        moved = str(self.shift or ""), self.overlap or 0
+        staged = self.streamed or 0, self.patch or 1, self.stride, self.time_shift
+        return *first, codec, self.codec or "", -window, *moved, *staged, self.split, self.cfg
 
 
 def cases_for(
@@ -118,15 +132,21 @@ def cases_for(
     shifts: Iterable[str | int | None] = (None,),
     overlaps: Iterable[int | None] = (None,),
     patches: Iterable[int | None] = (None,),
+    stage_ranks: Iterable[int | None] = (None,),
+    strides: Iterable[int] = (1,),
+    time_shifts: Iterable[bool] = (False,),
 ) -> tuple[Case, ...]:
     """The product of all settings, each case once; what a strategy has no setting for does not multiply its cases.
 
+    Of ``patches``, ``stage_ranks``, ``strides`` and ``time_shifts`` it is what goes together, see `stagings`.
+
     Raises:
-        ConfigError: a value that is not one of those that are.
+        ConfigError: a value that is not one of those that are, or goes with none of the others.
     """
     found: dict[Case, None] = {}
-    choices = steps, strategies, worlds, warmup_steps, group_norms, codecs, context_windows, shifts, overlaps, patches
-    for count, strategy, world, warmup, norm, codec, window, shift, overlap, streamed in product(*choices):
+    staged = stagings(patches=patches, patch=stage_ranks, stride=strides, time_shift=time_shifts)
+    choices = steps, strategies, worlds, warmup_steps, group_norms, codecs, context_windows, shifts, overlaps, staged
+    for count, strategy, world, warmup, norm, codec, window, shift, overlap, staging in product(*choices):
         for name, value in (("steps", count), ("world", world)):
             if value < 1:
                 raise ConfigError(f"{name}={value} must be a whole number of at least 1")
@@ -134,12 +154,13 @@ def cases_for(
         ParallelConfig(strategy=strategy, cfg=cfg, split=split, warmup_steps=warmup, group_norm=norm)  # type: ignore[arg-type]
         ParallelConfig(codec=codec, context_window=window)
         moved = {name: value for name, value in (("shift", shift), ("overlap", overlap)) if value is not None}
-        ParallelConfig(strategy="shifted", **moved)  # type: ignore[arg-type]
+        ParallelConfig(strategy="shifted", **moved)
         extra: dict[str, Any] = {"warmup_steps": warmup} if strategy in ("displaced", "shifted", "pipelined") else {}
         extra |= {"group_norm": norm} if strategy == "displaced" else {}
         extra |= {"codec": codec, "context_window": window} if strategy not in UNCODED else {}
         extra |= moved if strategy == "shifted" else {}
-        extra |= {"streamed": streamed} if strategy == "pipelined" else {}
+        if strategy == "pipelined":
+            extra |= {"streamed" if name == "patches" else name: value for name, value in staging.items()}
         found[Case(strategy, count, world, split=split, cfg=cfg, **extra)] = None  # type: ignore[arg-type]
     return tuple(sorted(found, key=lambda case: case.order))
 

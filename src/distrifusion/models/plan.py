@@ -45,6 +45,7 @@ class Plan:
         words: the argument ``[B, tokens, C]`` with the text whose tokens the ranks share out, where each is computed by
             itself but for the seams, so that `cuts`, `inputs` and `entries` can cut them; None: all ranks compute all.
         sample: the argument that holds the latents.
+        time: the argument that holds the time of the step.
         lists: arguments that are lists with an item for each picture of the batch.
         several: arguments that hold several rows for each picture of the batch, one picture's after the other's.
         shared: arguments that are not of single pictures, and might be taken for it where there are as many of them.
@@ -72,6 +73,7 @@ class Plan:
     inputs: Mapping[str, Mapping[str, Tokens | Words]] = field(default_factory=dict)
     words: str | None = None
     sample: str = "hidden_states"
+    time: str = "timestep"
     lists: tuple[str, ...] = ()
     several: tuple[str, ...] = ()
     shared: tuple[str, ...] = ()

@@ -21,6 +21,7 @@ class Call:
 
     ``lists`` names arguments that are lists with an item for each picture of the batch, ``several`` tensors that hold
     as many rows for each, one picture's after the other's, and ``shared`` what is not of single pictures at all.
+    ``time_name`` is what the model calls the time of the step.
     """
 
     arguments: dict[str, Any]
@@ -28,6 +29,7 @@ class Call:
     lists: tuple[str, ...] = ()
     several: tuple[str, ...] = ()
     shared: tuple[str, ...] = ("cross_attention_kwargs",)  # masks by IP-Adapter, of which there may be as many
+    time_name: str = "timestep"
 
     @property
     def sample(self) -> Tensor:
@@ -35,9 +37,18 @@ class Call:
         sample: Tensor = self.arguments[self.sample_name]
         return sample
 
+    @property
+    def time(self) -> Any:
+        """The time of the step, in the scheduler's numbers or scaled: a tensor, a number, or None."""
+        return self.arguments.get(self.time_name)
+
     def having(self, **changes: Any) -> Call:
         """The same call with some arguments changed."""
         return replace(self, arguments={**self.arguments, **changes})
+
+    def at(self, time: Any) -> Call:
+        """The same call at another time."""
+        return self.having(**{self.time_name: time})
 
     def for_batch(self, span: Span) -> Call:
         """The same call for some of the batch: every tensor whose first dim is the batch is cut."""

@@ -112,7 +112,7 @@ class TransformerTable:
     def bind(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Call:
         """See Table."""
         plan, arguments = self._plan, bind(self._forward, self.model, args, kwargs)
-        call = Call(arguments, plan.sample, plan.lists, plan.several, plan.shared)
+        call = Call(arguments, plan.sample, plan.lists, plan.several, plan.shared, plan.time)
         samples = call.arguments[self._plan.sample]
         if isinstance(samples, list | tuple):
             call = call.having(**{self._plan.sample: _stacked(samples)})

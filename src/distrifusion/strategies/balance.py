@@ -10,7 +10,8 @@ import torch
 
 from ..comm import Comm
 from ..comm.stopwatch import Stopwatch, stopwatch_for
-from ..config import MEASURED, ParallelConfig
+from ..config import ParallelConfig
+from ..forms import MEASURED
 from ..geometry import Levels
 from ..mesh import Mesh
 

@@ -24,6 +24,7 @@ class State:
     wire: Wire | None = None  # of synchronous values that travel as residuals
     stages: Stages | None = None  # of a model that is cut over its depth
     course: Course | None = None  # of patches that stream through the stages
+    time: Any = None  # that the last call was given, under ``time_shift``
     ahead: Any = None  # what a call has given for the next one too
     is_checked: bool = False  # whether the ranks have compared what they were given
     is_halved: bool = False  # whether only one half of the ranks makes its steps

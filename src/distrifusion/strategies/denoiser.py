@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from ..comm import Comm
-from ..config import ParallelConfig
+from ..config import OF_STAGES, ParallelConfig
 from ..errors import ConfigError, UnsupportedModel
 from ..layers import Attached, FrameHolder
 from ..mesh import Mesh
@@ -259,12 +259,16 @@ class ParallelDenoiser:
         return result
 
     def _new_report(self) -> Report:
-        is_alone = self._mesh.world == self._mesh.size("cfg")
-        notes = [
-            f"{extra} does nothing without patches" if is_alone and not extra.startswith("topology") else extra
-            for extra in self._config.extras
-        ]
+        notes = [self._about(extra) for extra in self._config.extras]
         notes += [*self._notes, *([self._compiling.note] if self._compiling.note else []), *self._way.notes()]
         if self.budget is not None and shares_model(self._mesh):
             notes.append(f"max_memory plans no steps of strategy={self._config.strategy!r}")
         return Report(self._config.strategy, str(self._mesh), self._config.split, notes=notes)
+
+    def _about(self, extra: str) -> str:
+        """What the report says of an extra of the configuration: itself, and whether it does nothing here."""
+        name = extra.partition("=")[0]
+        if name in OF_STAGES and self._mesh.size("pipe") == 1:
+            return f"{extra} does nothing with one stage"
+        is_alone = self._mesh.world == self._mesh.size("cfg")
+        return f"{extra} does nothing without patches" if is_alone and name != "topology" else extra

@@ -50,7 +50,7 @@ class Pictures:
         if mark is not self.mark or fingerprint != self._fingerprint:
             self.reset()
         self.mark, self._fingerprint = mark, fingerprint
-        shape, dtype, timestep = call.sample.shape, call.sample.dtype, call.arguments.get("timestep")
+        shape, dtype, timestep = call.sample.shape, call.sample.dtype, call.time
         time = _on_host(timestep) if _is_none(conditioning) else None
         alike = [branch for branch in self._branches if (branch.shape, branch.dtype) == (shape, dtype)]
         for branch in alike:

@@ -6,8 +6,9 @@ from dataclasses import replace
 
 from ..boundary import Late, Stages, Whole
 from ..comm import Comm
-from ..config import MEASURED, ParallelConfig
+from ..config import ParallelConfig
 from ..exchange import Exchange
+from ..forms import MEASURED
 from ..mesh import Mesh
 from .base import Joined, State
 
@@ -16,13 +17,18 @@ class Pipelined(Joined):
     """Asynchronous denoising (AsyncDiff, arXiv 2406.06911): a rank computes one stage of the model in every step, from
     what the other stages made in the step before.
 
-    A step takes as long as the slowest stage. All stages are told the time of the step they run in. The first step and
-    ``warmup_steps`` more are synchronous: every rank computes the whole model.
+    A step takes as long as the slowest stage. The first step and ``warmup_steps`` more are synchronous: every rank
+    computes the whole model.
 
     With ``patch``, the ranks of a stage share the picture, and tell each other what their patches need at once: fresh.
 
     With ``stride=2``, a stage computes in every other step, for two of them. The stage that gives the prediction then
-    has two ranks: one for the step at hand, and one that is told the time of the next step, as all other stages are.
+    has two ranks: one for the step at hand, and one for the next.
+
+    A stage is told the time of the step that it computes for. With ``time_shift`` it is told the time of the step
+    before that one, once steps are no longer synchronous, as AsyncDiff's published code does it (``time_shift`` in
+    ``asyncdiff/async_sd.py`` of github.com/czg1225/AsyncDiff): all stages alike, though they lie several steps apart.
+    The latents and the scheduler keep their own time.
     """
 
     name = "pipelined"
@@ -44,14 +50,18 @@ class Pipelined(Joined):
     def policy(self, state: State) -> Exchange:
         """See Strategy."""
         assert state.stages is not None
-        if state.step <= self._config.warmup_steps:
+        if not self.is_late(state):
             return Whole(self._patches, state.stages, is_last=state.step == self._config.warmup_steps)
         return Late(self._patches, state.stages)
 
+    def is_late(self, state: State) -> bool:
+        """Whether this step reads what other stages have made in an earlier one."""
+        return state.step > self._config.warmup_steps
+
     def looks_ahead(self, state: State) -> bool:
         """Whether this step is computed together with the next one."""
-        return self._is_doubled and state.step > self._config.warmup_steps
+        return self._is_doubled and self.is_late(state)
 
     def is_ahead(self, comm_rank: int) -> bool:
-        """Whether a rank of `comm` is told the time of the next step in such a step."""
+        """Whether a rank of `comm` computes for the next step in such a step."""
         return comm_rank < self._comm.world - 1

@@ -10,9 +10,6 @@ from torch import Tensor
 from ..models import Call
 from .base import State
 
-ARGUMENT = "timestep"
-"""What models call it."""
-
 
 class Times:
     """``timesteps`` gives those of the present picture, or something else where they are not known."""
@@ -22,14 +19,14 @@ class Times:
 
     def is_last(self, call: Call, state: State) -> bool:
         """Whether the scheduler has no timestep after this one."""
-        times, time = self._timesteps(), call.arguments.get(ARGUMENT)
+        times, time = self._timesteps(), call.time
         if not isinstance(times, Tensor) or state.step + 1 >= len(times):
             return True
         return isinstance(time, Tensor) and time.data_ptr() == times[-1:].data_ptr()
 
     def place(self, call: Call) -> int | None:
         """Which timestep of the scheduler's the call's is; None where it is no part of their tensor, which tells."""
-        times, time = self._timesteps(), call.arguments.get(ARGUMENT)
+        times, time = self._timesteps(), call.time
         if not isinstance(times, Tensor) or not isinstance(time, Tensor) or times.dtype != time.dtype:
             return None
         is_one = time.numel() == 1 or (time.numel() > 1 and not any(time.stride()))
@@ -43,4 +40,4 @@ class Times:
         if place is None or not 0 <= place < len(times) - 1:
             return None
         after: Tensor = times[place + 1]
-        return after.expand(call.arguments[ARGUMENT].shape)
+        return after.expand(call.time.shape)

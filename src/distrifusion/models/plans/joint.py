@@ -205,6 +205,7 @@ JOINT = (
         grid=_of_z_image,
         patch=lambda model: int(model.all_patch_size[0]),
         sample="x",
+        time="t",
         lists=("cap_feats",),
         conditions=("cap_feats",),
         unknown=("controlnet_block_samples", "siglip_feats", "image_noise_mask"),

@@ -13,6 +13,7 @@ from ...layers import FrameHolder, Layer
 from ...mesh import Mesh
 from ...metrics import Report, human_bytes
 from ...models import Call, Table
+from ...weights import whole_bytes
 from ..balance import Balance
 from ..base import State
 from ..compiling import Compiling
@@ -24,7 +25,7 @@ from ..times import Times
 
 @dataclass(frozen=True)
 class Setting:
-    """The model on this rank: what all ways ask of."""
+    """The model on this rank, and what every way works with."""
 
     table: Table
     config: ParallelConfig
@@ -42,6 +43,11 @@ class Setting:
     def is_spread(self) -> bool:
         """Whether ranks share the work of one branch of guidance."""
         return self.mesh.world > self.mesh.size("cfg")
+
+    @property
+    def whole_bytes(self) -> int:
+        """Bytes of the model's weights, with what is not on this rank as long as it is noted (`weights.Part`)."""
+        return whole_bytes([*self.table.model.parameters(), *self.table.model.buffers()])
 
     def weights_note(self, num_bytes: int) -> str:
         """How much of ``num_bytes`` of weights this rank holds."""

@@ -12,7 +12,7 @@ from ...geometry import Split
 from ...layers import Layer
 from ...metrics import Report
 from ...models import Call, fused, sliced_layers
-from ...weights import part_of, whole_bytes
+from ...weights import part_of
 from ..base import State, Strategy
 from ..pairs import Ran
 from .base import Setting
@@ -24,9 +24,8 @@ class InSlices(InPatches):
 
     def __init__(self, setting: Setting, strategy: Strategy) -> None:
         super().__init__(setting, strategy)
-        model = setting.table.model
-        self._fused = fused(model)  # before there are slices
-        self._num_bytes = whole_bytes([*model.parameters(), *model.buffers()])
+        # Before there are slices.
+        self._fused, self._num_bytes = fused(setting.table.model), setting.whole_bytes
 
     def layers(self) -> Iterable[Layer]:
         """See Way."""

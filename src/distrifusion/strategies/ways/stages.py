@@ -19,7 +19,6 @@ from ..base import State
 from ..cutting import Cutting
 from ..pairs import Ran
 from ..pipelined import Pipelined
-from ..times import ARGUMENT
 from .base import Setting
 from .patches import InPatches
 
@@ -43,26 +42,34 @@ class InStages(InPatches):
 
     def run(self, call: Call, state: State, feeders: Sequence[Cutting], report: Report) -> Ran:
         """See Way."""
+        before = state.time
+        if self.setting.config.time_shift:
+            # A copy: callers may write the next time into the same tensor.
+            state.time = call.time.clone() if isinstance(call.time, Tensor) else call.time
         if state.ahead is not None:
             ran: Ran = state.ahead
             state.ahead = None
             return ran
-        if not self._pipelined.looks_ahead(state):
-            return super().run(call, state, feeders, report)
-        ran = super().run(self._for_own_step(call, report), state, feeders, report)
+        looks_ahead = self._pipelined.looks_ahead(state)
+        ran = super().run(self._told(call, state, before, report), state, feeders, report)
+        if not looks_ahead:
+            return ran
         assert state.stages is not None
         picture, rank = Split((0, ran.split.size)), state.stages.output_rank(is_ahead=True)
         state.ahead = replace(ran, split=_of_stage(picture, rank, self.setting.mesh.size("pipe")))
         return replace(ran, departs=False)  # the next step's prediction, which comes at once, goes first
 
-    def _for_own_step(self, call: Call, report: Report) -> Call:
-        """With the time that this rank's stage is told."""
-        setting = self.setting
-        following = setting.times.following(call)
-        if setting.times.place(call) is None and _UNKNOWN not in report.notes:
+    def _told(self, call: Call, state: State, before: Any, report: Report) -> Call:
+        """The call at the time that this rank's stage is told; ``before`` is that of the last step. See `Pipelined`."""
+        setting, strategy = self.setting, self._pipelined
+        looks_ahead = strategy.looks_ahead(state)
+        is_ahead = looks_ahead and strategy.is_ahead(setting.guidance.patches.rank)
+        if setting.config.time_shift:
+            return call.at(before) if strategy.is_late(state) and not is_ahead else call
+        if looks_ahead and setting.times.place(call) is None and _UNKNOWN not in report.notes:
             report.notes.append(_UNKNOWN)
-        is_ahead = self._pipelined.is_ahead(setting.guidance.patches.rank)
-        return call.having(**{ARGUMENT: following}) if following is not None and is_ahead else call
+        following = setting.times.following(call) if is_ahead else None
+        return call if following is None else call.at(following)
 
     def _forward(self, exchange: Exchange) -> Callable[..., Any]:
         assert isinstance(exchange, Staged)

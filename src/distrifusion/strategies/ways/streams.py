@@ -7,7 +7,6 @@ from collections.abc import Iterable, Sequence
 from ...layers import Layer
 from ...metrics import Report
 from ...models import Call
-from ...weights import whole_bytes
 from ..base import State
 from ..cutting import Cutting
 from ..pairs import Ran
@@ -26,8 +25,7 @@ class InStreams:
         num_patches = setting.config.patches
         assert num_patches is not None
         self.setting, self._streamed = setting, streamed
-        model = setting.table.model
-        self._num_bytes = whole_bytes([*model.parameters(), *model.buffers()])
+        self._num_bytes = setting.whole_bytes  # before any are given up
         self._streaming = Streaming(
             streamed, setting.table, num_patches, setting.holder, setting.cutting.dim, setting.guidance
         )
