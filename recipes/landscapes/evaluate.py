@@ -1,6 +1,7 @@
-"""Evaluation: the autoencoder's PSNR, and the attributes that the classifier of renders reads off generated pictures.
+"""Evaluation: the autoencoder's PSNR, and the attributes that the classifier of renders reads off pictures.
 
 python -m recipes.landscapes.evaluate read --reader DIR --model FOLDER --pictures 100
+python -m recipes.landscapes.evaluate decoded --reader DIR --model FOLDER --pictures 200
 python -m recipes.landscapes.evaluate autoencoder --model FOLDER --pictures 32
 """
 
@@ -56,6 +57,20 @@ def read_model(options: argparse.Namespace) -> None:
 
 
 @torch.inference_mode()
+def read_decoded(options: argparse.Namespace) -> None:
+    """Read renders that went through the autoencoder: no denoiser can show more than that."""
+    reader, autoencoder = load_reader(options.reader), AutoencoderTiny.from_pretrained(options.model, subfolder="vae")
+    rng = np.random.default_rng(10**6)
+    scenes = [sample_scene(rng) for _ in range(options.pictures)]
+    made = []
+    for scene in tqdm(scenes, unit="picture"):
+        picture = torch.from_numpy(paint(scene, options.size, options.size)).permute(2, 0, 1)[None]
+        decoded = autoencoder.decode(autoencoder.encode(picture.float() / 127.5 - 1).latents).sample.clamp(-1, 1)
+        made.append(((decoded[0].permute(1, 2, 0) + 1) * 127.5).round().byte().numpy())
+    report("renders, decoded", reader, scenes, np.stack(made))
+
+
+@torch.inference_mode()
 def measure_autoencoder(options: argparse.Namespace) -> None:
     """PSNR on renders of held-out scenes at 256 and 512 px."""
     autoencoder = AutoencoderTiny.from_pretrained(options.model, subfolder="vae")
@@ -72,7 +87,7 @@ def measure_autoencoder(options: argparse.Namespace) -> None:
 def main() -> None:
     """Command line."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("what", choices=("read", "autoencoder"))
+    parser.add_argument("what", choices=("read", "decoded", "autoencoder"))
     parser.add_argument("--reader", type=Path, help="the folder with reader.pt")
     parser.add_argument("--model", type=Path, required=True)
     parser.add_argument("--pictures", type=int, default=100)
@@ -80,7 +95,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=20)
     parser.add_argument("--guidance", type=float, default=2.5)
     options = parser.parse_args()
-    {"read": read_model, "autoencoder": measure_autoencoder}[options.what](options)
+    {"read": read_model, "decoded": read_decoded, "autoencoder": measure_autoencoder}[options.what](options)
 
 
 if __name__ == "__main__":
