@@ -99,7 +99,9 @@ class DisplacedReference:
         return hook
 
     def _statistics(self, own: Tensor, own_before: Tensor, before: Tensor, mixed: Tensor) -> tuple[Tensor, Tensor]:
-        """Mean and variance of groups ``[K, elements]``; corrected ones as in the paper, by raw moments."""
+        """Mean and variance of groups ``[K, elements]``; corrected ones as in the paper, by raw moments, and the own
+        variance where they are less than what the own patch adds to the whole.
+        """
         if self._group_norm == "separate":
             return own.mean(1), own.var(1, unbiased=False)
         if self._group_norm == "stale":
@@ -107,4 +109,5 @@ class DisplacedReference:
         first = before.mean(1) + own.mean(1) - own_before.mean(1)
         second = (before**2).mean(1) + (own**2).mean(1) - (own_before**2).mean(1)
         var = second - first**2
-        return first, torch.where(var < 0, own.var(1, unbiased=False), var)
+        added = ((own - first[:, None]) ** 2).sum(1) / before.shape[1]
+        return first, torch.where(var < 0.99 * added, own.var(1, unbiased=False), var)

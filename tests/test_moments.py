@@ -125,6 +125,25 @@ def test_a_negative_variance_falls_back_to_the_own() -> None:
     assert var.item() == pytest.approx(now.var(unbiased=False).item(), rel=1e-5)
 
 
+def test_a_variance_below_the_own_patchs_part_falls_back_to_the_own() -> None:
+    # The peer is of one colour, so the old sum is half of the own variance; that has since become nearly as small.
+    colours, peers = torch.linspace(-1, 1, 50)[None], [torch.zeros(1, 50)]
+    before, now = colours, colours * 0.71
+    raw = (torch.cat([before, *peers], 1) ** 2).mean() + (now**2).mean() - (before**2).mean()
+    own = now.var(unbiased=False).item()
+    assert 0 < raw.item() < 0.1 * own  # positive, and less than the half that the own patch is of the picture
+    mean, var = corrected(now, before, peers)
+    assert mean.item() == pytest.approx(0, abs=1e-6)
+    assert var.item() == pytest.approx(own, rel=1e-5)
+
+
+def test_a_variance_that_is_the_own_patchs_part_stays() -> None:
+    own, peers = noise(3, 30), [torch.zeros(3, 60)]
+    own -= own.mean(1, keepdim=True)
+    _, var = corrected(own, own, peers)
+    assert close(var, truth(torch.cat([own, *peers], 1))[1])
+
+
 def test_an_empty_patch_is_corrected_to_the_peers_moments() -> None:
     nothing, peers = torch.empty(2, 0), [noise(2, 30), noise(2, 10, seed=1) + 4]
     mean, var = corrected(nothing, nothing, peers)

@@ -57,17 +57,23 @@ def correct(own: Tensor, own_before: Tensor, before: Sequence[Tensor]) -> Tensor
 
     The global moments of the step before (``before``, all patches), moved by the change of the own patch since then:
     M[x^k] = mean_j E_j[x^k]' + (E_i[x^k] - E_i[x^k]'), var = M[x^2] - M[x]^2, and the patch's own variance where that
-    is negative. Written with means and variances the squares of the means cancel by hand, not in float32:
+    cannot be. Written with means and variances the squares of the means cancel by hand, not in float32:
     var = var_i + (var' - var_i') + 2 (mean' - mean_i') (mean_i' - mean_i).
+
+    In the paper a variance cannot be negative. It cannot be below what the own patch alone adds to it either,
+    n_i / n (var_i + (mean_i - mean)^2): divided by the root of less, the patch would be blown up.
     """
     now, was = _of(own), _of(own_before)
     ahead = combine(before) - was  # of the whole picture over the own patch, in the step before
     moved = now + ahead
     corrected = torch.addcmul(moved[1], ahead[0], was[0] - now[0], value=2)
-    moved[1] = torch.where(corrected < 0, now[1], corrected)
+    share = own[0] / torch.stack([part[0] for part in before]).sum()
+    least = ROUNDED * share * torch.addcmul(now[1], ahead[0], ahead[0])
+    moved[1] = torch.where(corrected < least, now[1], corrected)
     return moved
 
 
+ROUNDED = 0.99  # of the least variance: where the other patches are of one colour, sums in float32 may lie below it
 CARRY = 0.75  # of the own change: that of other patches is alike, not equal
 SMALL = 1e-6  # of variances, so that a patch of one colour has a ratio
 
