@@ -168,9 +168,10 @@ def test_every_size_has_a_baseline_of_its_own(tiny: str) -> None:
     for rows in by_size.values():
         bare, threaded, sync = rows
         assert (bare["speedup"], threaded["speedup_over_threads"]) == (1.0, 1.0)
-        assert sync["speedup"] == pytest.approx(bare["seconds_per_step"] / sync["seconds_per_step"], rel=0.02)
+        # Ratios have three decimals, which is little of a small one.
+        assert sync["speedup"] == pytest.approx(bare["seconds_per_step"] / sync["seconds_per_step"], rel=0.02, abs=6e-4)
         over_threads = threaded["seconds_per_step"] / sync["seconds_per_step"]
-        assert sync["speedup_over_threads"] == pytest.approx(over_threads, rel=0.02)
+        assert sync["speedup_over_threads"] == pytest.approx(over_threads, rel=0.02, abs=6e-4)
     # Twice the rows: all that travels between two ranks of rows is halos, as before, and K and V, twice as many.
     small, large = (rows[2]["bytes_per_step"] for rows in by_size.values())
     assert small < large < 2 * small

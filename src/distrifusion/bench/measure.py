@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from statistics import median, quantiles
 from time import perf_counter, process_time
 from typing import Any
@@ -19,6 +20,7 @@ import torch
 from ..comm import Comm
 from ..pipeline import parallelize, report, restore
 from .memory import PeakMemory
+from .picture import Picture
 from .plan import LATENT, Case, Plan
 from .trace import Recorder, merge, refuse_other_clocks
 from .workload import Workload, load
@@ -101,26 +103,26 @@ class Bench:
 
     def _time(self, timing: Timing) -> None:
         comm, work, case = self._comms[timing.case.world], self._work[timing.size], timing.case
-        samples = [work.sample(step) for step in range(self._num_steps(case))]
+        together = self._plan.steps if case.streams else case.stride  # steps that are not apart are timed as one
         memory, busy = PeakMemory(work.device), list[float]()
-        with _spread(work, timing.case, comm):
+        with _spread(work, case, comm, self._num_steps(case)) as steps:
             comm.barrier()
             # None between the steps: as in a picture, what is late has no more time to arrive than the next step takes.
-            for step, sample in enumerate(samples):
+            for number, step in enumerate(steps):
                 started, used, waited = perf_counter(), process_time(), comm.meter.waited
-                _call(work, sample)
-                if step < case.num_untimed:
+                step()
+                if number < case.num_untimed:
                     continue
                 taken = perf_counter() - started, process_time() - used, comm.meter.waited - waited
                 for seconds, each in zip((timing.seconds, busy, timing.waited), taken, strict=True):
-                    if (step - case.num_untimed) % case.stride == 0:
+                    if (number - case.num_untimed) % together == 0:
                         seconds.append(0.0)
-                    seconds[-1] += each / case.stride  # steps that are computed at once are timed as one
+                    seconds[-1] += each / together
             timing.cpu_seconds += map(sum, zip(*comm.all_gather_object(busy), strict=True))
             ran = report(work.model)
             if ran.messages:
-                messages, num_bytes = sum(ran.messages[-case.stride :]), sum(ran.bytes[-case.stride :])
-                timing.messages, timing.num_bytes = messages / case.stride, num_bytes // case.stride
+                messages, num_bytes = sum(ran.messages[-together:]), sum(ran.bytes[-together:])
+                timing.messages, timing.num_bytes = messages / together, num_bytes // together
                 timing.slot_bytes = ran.slot_bytes
             for tally in ran.vae.values():
                 timing.messages, timing.num_bytes = tally.messages // tally.calls, tally.bytes // tally.calls
@@ -131,27 +133,34 @@ class Bench:
         comm, work = self._comms[timing.case.world], self._work[timing.size]
         ranks = "1 rank" if comm.world == 1 else f"{comm.world} ranks"
         label = f"{timing.case.name}, {ranks}, {timing.size[0]} x {timing.size[1]}"
-        with recorder.modules(work.model), _spread(work, timing.case, comm):
-            for step in range(self._num_steps(timing.case)):
-                sample = work.sample(step)
-                comm.barrier()
-                if step == timing.case.num_untimed:
+        case = timing.case
+        with recorder.modules(work.model), _spread(work, case, comm, self._num_steps(case)) as steps:
+            for number, step in enumerate(steps):
+                if number <= case.num_untimed or not case.streams:
+                    comm.barrier()
+                if number == case.num_untimed:
                     recorder.start()
                 with recorder.step(label):
-                    _call(work, sample)
+                    step()
         recorder.stop()  # after the model was restored, which waits for all that is under way
 
 
 @contextmanager
-def _spread(work: Workload, case: Case, comm: Comm) -> Iterator[None]:
-    """The model as ``case`` wants it."""
+def _spread(work: Workload, case: Case, comm: Comm, num_steps: int) -> Iterator[list[Callable[[], None]]]:
+    """The model as ``case`` wants it, and its steps in order."""
     before = torch.get_num_threads()
     torch.set_num_threads(case.threads)
+    samples = [work.sample(step) for step in range(num_steps)]
+    steps: list[Callable[[], None]] = [partial(_call, work, sample) for sample in samples]
     try:
-        if case.strategy is not None:
+        if case.streams:
+            picture = Picture.of(work, num_steps)
+            parallelize(picture, case.config, comm)
+            steps = [picture.step] * num_steps
+        elif case.strategy is not None:
             parallelize(work.model, case.config, comm)
         with torch.no_grad():
-            yield
+            yield steps
     finally:
         restore(work.model)
         torch.set_num_threads(before)

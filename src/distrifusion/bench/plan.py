@@ -79,6 +79,11 @@ class Case:
         """
         return self._warmup_steps + 1 + self.stride
 
+    @property
+    def streams(self) -> bool:
+        """Whether a step begins before the one before has ended."""
+        return self.patches is not None
+
 
 @dataclass(frozen=True)
 class Plan:
@@ -95,7 +100,9 @@ class Plan:
     batch: int
     cases: tuple[Case, ...]
     rounds: int = 5
-    steps: int = 3  # timed steps per round, case and size; with a stride, so many pairs of them
+    steps: int = (
+        3  # timed steps per round, case and size; with a stride, so many pairs of them; all as one where patches stream
+    )
     dtype: str = "float32"
     device: str = "cpu"
     traces: bool = False  # one round more, untimed, in which sends and waits are noted

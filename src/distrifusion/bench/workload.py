@@ -138,9 +138,12 @@ class Workload:
         )
         return (first + 0.01 * drift).to(self.device, self.dtype)
 
-    def run(self, sample: Tensor) -> Any:
-        """Call the model."""
-        return getattr(self.model, self.method)(**{self.sample_name: sample}, **self.arguments)
+    def run(self, sample: Tensor, share: Any = 1) -> Any:
+        """Call the model, at a share of the time step that it was given."""
+        given = self.arguments
+        if "timestep" in given:
+            given = {**given, "timestep": given["timestep"] * share}
+        return getattr(self.model, self.method)(**{self.sample_name: sample}, **given)
 
 
 def check_name(name: str) -> None:
