@@ -389,8 +389,8 @@ def test_the_reader_of_a_flux_step_waits_for_no_positions() -> None:
         return count
 
     with pytest.MonkeyPatch.context() as patch:
-        from distrifusion.models import transformer
+        from distrifusion.models import grid
 
-        patch.setattr(transformer, "_read_positions", counted(transformer._read_positions))
+        patch.setattr(grid, "_read_positions", counted(grid._read_positions))
         df.run_ranks(2, lambda comm: case.call(df.parallelize(case.make(), DISPLACED, comm)))
     assert reads == [2]  # one for each rank

@@ -28,8 +28,8 @@ from turns import LostError, Ranks
 from distrifusion.bench.measure import Timing
 from distrifusion.bench.plan import LATENT, Case
 from distrifusion.bench.workload import SHAPES, TEXT_TOKENS, TRANSFORMERS
-from distrifusion.config import codec_choices
 from distrifusion.errors import ConfigError
+from distrifusion.forms import codec_choices
 
 OURS = "ours"
 PEERS = {"distrifuser": "distrifuser_unet", "ulysses": "ulysses"}

@@ -151,12 +151,12 @@ def _spread(work: Workload, case: Case, comm: Comm, num_steps: int) -> Iterator[
     before = torch.get_num_threads()
     torch.set_num_threads(case.threads)
     samples = [work.sample(step) for step in range(num_steps)]
-    steps: list[Callable[[], None]] = [partial(_call, work, sample) for sample in samples]
+    steps: list[Callable[[], None]] = [partial(_to_its_end, work, partial(work.run, sample)) for sample in samples]
     try:
         if case.streams:
             picture = Picture.of(work, num_steps)
             parallelize(picture, case.config, comm)
-            steps = [picture.step] * num_steps
+            steps = [picture.step] * (num_steps - 1) + [partial(_to_its_end, work, picture.step)]
         elif case.strategy is not None:
             parallelize(work.model, case.config, comm)
         with torch.no_grad():
@@ -166,9 +166,8 @@ def _spread(work: Workload, case: Case, comm: Comm, num_steps: int) -> Iterator[
         torch.set_num_threads(before)
 
 
-def _call(work: Workload, sample: torch.Tensor) -> None:
-    """One step, to its end."""
-    work.run(sample)
+def _to_its_end(work: Workload, step: Callable[[], Any]) -> None:
+    step()
     if work.device.type != "cpu":
         torch.accelerator.synchronize()
 
