@@ -12,6 +12,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from ..options import Patches, StageRanks, Strides
+
 if TYPE_CHECKING:
     from .plan import Plan
     from .start import Found, Tell
@@ -37,20 +39,12 @@ def bench(
     ] = None,
     context_window: Annotated[float | None, typer.Option(help="See generate.")] = None,
     balance: Annotated[str | None, typer.Option(help="See generate.")] = None,
-    patches: Annotated[
-        list[str] | None,
-        typer.Option(help="Of pipelined, see generate; none is one too; may be given again. Default: none."),
-    ] = None,
+    patches: Patches = None,
     blocks: Annotated[
         str | None, typer.Option(help="Of pipelined with --patches: every or freed. Default: every.")
     ] = None,
-    patch: Annotated[
-        list[int] | None,
-        typer.Option(help="Of pipelined: ranks of each stage, see generate; may be given again. Default: 1."),
-    ] = None,
-    stride: Annotated[
-        list[int] | None, typer.Option(help="Of pipelined, see generate; may be given again. Default: 1.")
-    ] = None,
+    patch: StageRanks = None,
+    stride: Strides = None,
     size: Annotated[
         list[str] | None, typer.Option(help="Pixels as HEIGHTxWIDTH, or one number for both; may be given again.")
     ] = None,

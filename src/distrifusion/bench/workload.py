@@ -125,6 +125,7 @@ class Workload:
     given: Callable[[int, int], Given]
     sample_name: str
     method: str
+    time_name: str = "timestep"
 
     def resized(self, height: int, width: int) -> Workload:
         """The same model and words, with latents of ``height`` x ``width``."""
@@ -138,11 +139,11 @@ class Workload:
         )
         return (first + 0.01 * drift).to(self.device, self.dtype)
 
-    def run(self, sample: Tensor, share: Any = 1) -> Any:
-        """Call the model, at a share of the time step that it was given."""
+    def run(self, sample: Tensor, share: Tensor | None = None) -> Any:
+        """Call the model, at ``share`` of the time that it was given; None: at that time."""
         given = self.arguments
-        if "timestep" in given:
-            given = {**given, "timestep": given["timestep"] * share}
+        if share is not None:
+            given = {**given, self.time_name: given[self.time_name] * share}
         return getattr(self.model, self.method)(**{self.sample_name: sample}, **given)
 
 
@@ -242,7 +243,9 @@ def _of_folder(name: str, height: int, width: int, batch: int, dtype: torch.dtyp
 
     first = first_call(LATENT * height, LATENT * width)
     shape, arguments = _parts(first)
-    return Workload(model, arguments, shape, dtype, torch.device(device), given, first.sample_name, "__call__")
+    return Workload(
+        model, arguments, shape, dtype, torch.device(device), given, first.sample_name, "__call__", first.time_name
+    )
 
 
 def _parts(call: Call) -> Given:

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from ..errors import ConfigError
+from ..options import Patches, StageRanks, Strides
 
 if TYPE_CHECKING:
     from .output import Output
@@ -53,17 +54,9 @@ def compare(
         list[str] | None, typer.Option(help="Of shifted, see generate; may be given again. Default: golden.")
     ] = None,
     overlap: Annotated[list[int] | None, typer.Option(help="Of shifted; may be given again. Default: 0.")] = None,
-    patches: Annotated[
-        list[str] | None,
-        typer.Option(help="Of pipelined, see generate; none is one too; may be given again. Default: none."),
-    ] = None,
-    patch: Annotated[
-        list[int] | None,
-        typer.Option(help="Of pipelined: ranks of each stage, see generate; may be given again. Default: 1."),
-    ] = None,
-    stride: Annotated[
-        list[int] | None, typer.Option(help="Of pipelined, see generate; may be given again. Default: 1.")
-    ] = None,
+    patches: Patches = None,
+    patch: StageRanks = None,
+    stride: Strides = None,
     time_shift: Annotated[
         bool, typer.Option("--time-shift", help="Of pipelined: without it and with it, see generate.")
     ] = False,
