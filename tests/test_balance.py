@@ -203,6 +203,26 @@ def test_rows_move_away_from_a_slow_rank_and_sync_stays_exact(
         assert report.notes == ["balance=measured", f"{split} per rank {was} before they were measured"]
 
 
+def test_what_moving_patches_remember_outlives_a_change_of_rows() -> None:
+    """Near, since the moments of a patch stand for those of each of its rows, which several visits share here."""
+    name = "sd15"
+    given, arguments = walk(name, 1, 1, 24, 8)[0], conditioning(name, 1)
+    truth = build(name)(given, 900, **arguments).sample
+
+    def rank(comm: Comm) -> Any:
+        model = df.parallelize(build(name), measured(strategy="shifted", warmup_steps=2), comm)
+        on_its_own_time(model, 3.0 if comm.rank else 1.0, dim=2)
+        return rows_by_step(model, [lambda: model(given, 900, **arguments).sample] * 16)
+
+    ran = df.run_ranks(2, rank)
+    for results, rows in ran:
+        assert rows == [(12, 12)] * 2 + [(20, 4)] * 14
+        apart = [distance(result, truth) for result in results]
+        assert max(apart[:2]) <= EXACT
+        assert min(apart[-6:]) < 0.9 * apart[2]
+        assert all(map(torch.equal, results, ran[0][0]))
+
+
 def test_a_transformer_is_measured_too() -> None:
     arguments = TINY["pixart"].arguments(2, 12, 5)
     truth = build_tiny(TINY["pixart"])(**arguments)[0]

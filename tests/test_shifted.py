@@ -13,7 +13,7 @@ from torch import Tensor
 
 import distrifusion as df
 from distrifusion.comm import Comm, alone
-from distrifusion.geometry import Moved, Split, moves
+from distrifusion.geometry import Levels, Moved, Split, moves
 from distrifusion.metrics import Report
 from distrifusion.strategies.base import State
 from distrifusion.strategies.independent import Shifted
@@ -26,7 +26,8 @@ OTHER = 1e-3
 
 
 def shifted(**settings: Any) -> df.ParallelConfig:
-    return df.ParallelConfig(**{"strategy": "shifted", "warmup_steps": 0, **settings})
+    """Patches that know nothing of the rest; those that remember it are in test_recall.py."""
+    return df.ParallelConfig(**{"strategy": "shifted", "warmup_steps": 0, "remember": False, **settings})
 
 
 def paint(
@@ -46,11 +47,13 @@ def paint(
 # --- what they give ---
 
 
+@pytest.mark.parametrize("remember", [True, False])
 @pytest.mark.parametrize(("world", "split", "height"), [(2, "rows", 64), (3, "cols", 64), (5, "rows", 72)])
-def test_a_shift_of_nothing_is_naive_bit_for_bit(world: int, split: Any, height: int) -> None:
+def test_a_shift_of_nothing_is_naive_bit_for_bit(world: int, split: Any, height: int, remember: bool) -> None:
+    """With a memory, too: a patch that rests never sees another place."""
     naive = paint(df.ParallelConfig(strategy="naive", split=split), world, height=height)
     for (result, report), (wanted, _) in zip(
-        paint(shifted(shift=0, split=split), world, height=height), naive, strict=True
+        paint(shifted(shift=0, split=split, remember=remember), world, height=height), naive, strict=True
     ):
         assert type(result) is Tensor
         assert torch.equal(result, wanted)
@@ -144,7 +147,8 @@ def test_moving_borders_are_nearer_to_one_device_than_resting_ones(shift: Any) -
 
 def offsets(config: df.ParallelConfig, split: Split, unit: int, num: int) -> list[int]:
     strategy = Shifted(config, alone(torch.device("cpu")))
-    found = [strategy.moved(State(num_calls=step + 1), split, unit) for step in range(num)]
+    picture = Levels((split,), (16,))
+    found = [strategy.moved(State(num_calls=step + 1), picture, unit) for step in range(num)]
     return [moved.split.origin for moved in found if moved is not None]
 
 

@@ -50,6 +50,7 @@ def config(**settings: Any) -> df.ParallelConfig:
 MIXED = {"context": "1bit", "halo": "fp16"}
 CONFIGS = [
     *(config(strategy=strategy) for strategy in ("sync", "displaced", "naive")),
+    config(strategy="shifted", latents="whole", warmup_steps=2),
     *(config(strategy=strategy, codec=codec) for strategy in ("sync", "displaced") for codec in (*CODECS, MIXED)),
     *(config(group_norm=mode) for mode in ("carried", "stale", "separate", "sync")),
 ]

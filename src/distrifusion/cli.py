@@ -108,11 +108,18 @@ def generate(
         str | None, typer.Option(help="Rows for unequal ranks: measured, or weights such as 2,1,1. Without it, equal.")
     ] = None,
     shift: Annotated[
-        str, typer.Option(help="How shifted moves the borders: golden, random, or rows of latent per step.")
-    ] = str(_DEFAULT.shift),
+        str | None,
+        typer.Option(
+            help="How shifted moves: patch, golden, random, or rows of latent per step. Default: patch, or golden with "
+            "--no-remember."
+        ),
+    ] = None,
     overlap: Annotated[
         int, typer.Option(help="Rows of latent by which the patches of shifted overlap on each side.")
     ] = _DEFAULT.overlap,
+    remember: Annotated[
+        bool, typer.Option(help="Whether patches of shifted know the rest of the picture as they saw it last.")
+    ] = _DEFAULT.remember,
     panorama: Annotated[
         bool, typer.Option("--panorama", help="360 degrees: left meets right. With a page to look around in.")
     ] = False,
@@ -174,8 +181,9 @@ def generate(
         text_encoders=text_encoders,  # type: ignore[arg-type]
         balance=balance,
         topology="ring-x" if panorama else "torus" if tile else "plane",
-        shift=shift_choice(shift),
+        shift=shift_choice(shift) if shift is not None else None,
         overlap=overlap,
+        remember=remember,
         max_memory=max_memory,
     )
     from . import commands

@@ -71,14 +71,20 @@ class ParallelConfig:
             which one and the same seed may give slightly different pictures.
         topology: ``"plane"``; ``"ring-x"``: the left edge of the picture meets the right one, as in a panorama of 360
             degrees; ``"torus"``: top and bottom meet too, as in a tile. On one device too. Models without positions.
-        shift: how far ``shifted`` moves the borders: ``"golden"`` (by the golden ratio of a patch at every step),
-            ``"random"``, or a number of rows of latent per step; 0 is ``"naive"``.
+        shift: how far ``shifted`` moves its patches: ``"patch"`` (each to the place of the next one at every step, so
+            that it has seen the whole picture as soon as can be), ``"golden"`` (by the golden ratio), ``"random"``, or
+            a number of rows of latent per step; 0 is ``"naive"``. None: ``"patch"`` where patches remember, else
+            ``"golden"``. With ``remember``, ``"golden"`` and ``"random"`` reach all of the picture, and moves are
+            rounded to rows of the model's deepest level where patches begin on such; without, they stay within a patch.
         shift_seed: of ``shift="random"``.
         overlap: rows of latent that each patch of ``shifted`` computes beyond its own on both sides; there the
             predictions are blended (MultiDiffusion, arXiv 2302.08113).
         latents: what a rank of ``shifted`` knows between steps: ``"rows"`` of its own, so that only those that enter
             its patch travel; a callback that looks at the latents must then look on every rank. ``"whole"`` sends all
             predictions to all ranks, as the other strategies do. The same picture.
+        remember: whether a patch of ``shifted`` knows the rest of the picture as it was when the patch was there:
+            keys, values and group norm's statistics of some steps ago. Nothing travels for it; it takes the memory of
+            keys and values of the whole picture in all layers. False: it knows nothing of the rest.
         patches: of ``pipelined``, transformers only: the picture in so many patches, cut along ``split``, which stream
             through the stages within a step (PipeFusion, arXiv 2405.14430). 1: one after the other, exact. None: all
             stages at the same time, each one step behind the one before. See docs/pipelined.md.
@@ -110,10 +116,11 @@ class ParallelConfig:
     text_encoders: TextEncoders = "once"
     balance: str | Sequence[float] | None = None
     topology: Topology = "plane"
-    shift: str | int = "golden"
+    shift: str | int | None = None
     shift_seed: int = 0
     overlap: int = 0
     latents: Latents = "rows"
+    remember: bool = True
     pipe: int | None = None
     patches: int | None = None
     blocks: Blocks | None = None
@@ -182,7 +189,7 @@ class ParallelConfig:
                 f"topology={self.topology!r} is known for patches and for one device, not for "
                 f"strategy={self.strategy!r}"
             )
-        if (
+        if self.shift is not None and (
             isinstance(self.shift, bool)
             or not (self.shift in SHIFTS or isinstance(self.shift, int))
             or (isinstance(self.shift, int) and self.shift < 0)
@@ -190,6 +197,8 @@ class ParallelConfig:
             raise ConfigError(f"shift={self.shift!r} must be one of {quoted(SHIFTS)}, or a number of rows")
         whole("shift_seed", self.shift_seed, 0)
         whole("overlap", self.overlap, 0)
+        if not isinstance(self.remember, bool):
+            raise ConfigError(f"remember={self.remember!r} must be True or False")
         if self.strategy == "shifted" and self.split == "frames":
             raise ConfigError("split='frames' is not for strategy='shifted', whose borders move over a picture")
         if self.strategy != "shifted":
@@ -247,6 +256,11 @@ class ParallelConfig:
             )
 
     @property
+    def keeps_words(self) -> bool:
+        """Whether ranks keep what layers say from step to step."""
+        return self.strategy == "displaced" or (self.strategy == "shifted" and self.remember)
+
+    @property
     def codecs(self) -> dict[str, str]:
         """The codec of each seam that has one."""
         assert self.codec is None or isinstance(self.codec, str)
@@ -261,6 +275,13 @@ class ParallelConfig:
         return tuple(map(float, self.balance.split(",")))
 
     @property
+    def moving(self) -> str | int:
+        """The ``shift`` that ``shifted`` has."""
+        if self.shift is not None:
+            return self.shift
+        return "patch" if self.remember else "golden"
+
+    @property
     def rings(self) -> tuple[bool, bool]:
         """Whether rows, and whether columns, go around the picture."""
         return self.topology == "torus", self.topology != "plane"
@@ -270,7 +291,7 @@ class ParallelConfig:
         """What was asked of the patches beyond the strategy, as ``name=value``."""
         extras = [field for field in fields(self) if field.name in _EXTRAS]
         given = [f"{field.name}={value}" for field in extras if (value := getattr(self, field.name)) != field.default]
-        return [f"shift={self.shift}", *given] if self.strategy == "shifted" else given
+        return [f"shift={self.moving}", *given] if self.strategy == "shifted" else given
 
     def __str__(self) -> str:
         facts = [
@@ -288,7 +309,7 @@ class ParallelConfig:
         return " ".join(facts + self.extras + shared)
 
 
-_OF_SHIFTED = ("shift", "shift_seed", "overlap", "latents")
+_OF_SHIFTED = ("shift", "shift_seed", "overlap", "latents", "remember")
 _EXTRAS = (
     "codec",
     "context_window",
@@ -297,6 +318,7 @@ _EXTRAS = (
     "shift_seed",
     "overlap",
     "latents",
+    "remember",
     "patches",
     "blocks",
     "stride",

@@ -29,6 +29,7 @@ class Exchange(Protocol):
 
     kind: str  # what ran, for the report
     sees_peers: bool  # whether anything of the peers is known, and so their rows of the latents, which every rank has
+    recall: Recall | None  # what the patch saw in earlier steps, where it stands alone and moves
 
     @property
     def is_slow(self) -> bool:
@@ -51,12 +52,20 @@ class Exchange(Protocol):
         ...
 
     def gather(
-        self, key: str, own: Sequence[Tensor], sizes: Sequence[int], dim: int, kind: str = "context"
+        self,
+        key: str,
+        own: Sequence[Tensor],
+        sizes: Sequence[int],
+        dim: int,
+        kind: str = "context",
+        *,
+        level: int | None = None,
     ) -> Pending[list[Sequence[Tensor]]]:
         """Everyone's parts, in order of rank; the own ones are always fresh.
 
         ``own`` are tensors that differ in their last dim only, such as K and V; they travel as one message. Rank r's
-        have ``sizes[r]`` along ``dim``. The result may be used until the next verb.
+        have ``sizes[r]`` along ``dim``, where the tokens of its rows at ``level`` stand; None: sums over all of its
+        tokens. The result may be used until the next verb.
         """
         ...
 
@@ -69,8 +78,66 @@ class Exchange(Protocol):
         ...
 
 
+class Keeper(Protocol):
+    """What keeps the words of a synchronous step for steps that build on them."""
+
+    own: dict[str, Tensor]  # own moments, by name
+
+    def keep(
+        self,
+        key: str,
+        outgoing: Mapping[int, Tensor],
+        received: Mapping[int, Tensor],
+        *,
+        links: frozenset[tuple[int, int]],
+        weight: int,
+        kind: str = "",
+    ) -> None:
+        """What was received under ``key`` from each peer, and sent to each. See `Slots.keep`."""
+        ...
+
+    def keep_shared(self, key: str, own: Tensor, parts: list[Tensor], kind: str = "") -> None:
+        """What everyone said to everyone under ``key``: ``parts[rank]``, own part included."""
+        ...
+
+
+class Recall(Protocol):
+    """What a patch that stands alone knows of rows where it was in earlier steps, and what it is told before that."""
+
+    def num_rows(self, level: int) -> int:
+        """Rows at ``level`` beside the own ones, of which keys and values are known."""
+        ...
+
+    def beside(self, key: str, x: Tensor, level: int, margins: tuple[int, int], dim: int) -> list[Sides]:
+        """What a convolution read when the patch was there: rows before and after each strip of ``x``.
+
+        Args:
+            key: the layer's.
+            x: its input, own rows at ``level`` along ``dim``.
+            level: of the model.
+            margins: how many rows before, how many after.
+            dim: of the rows.
+
+        Returns:
+            For each strip of the patch both sides; None where the picture ends.
+        """
+        ...
+
+    def note(self, key: str, x: Tensor, level: int, margins: tuple[int, int], dim: int) -> None:
+        """In the synchronous step before patches stand alone, each tells the others what they may come to stand beside.
+
+        All ranks call this under the same keys in the same order. Arguments as of `beside`.
+        """
+        ...
+
+
+Sides = tuple[Tensor | None, Tensor | None]
+
+
 class Named:
     """Names that stay unique when a module is called several times in one step."""
+
+    recall: Recall | None = None
 
     def __init__(self) -> None:
         self._uses: Counter[str] = Counter()
@@ -85,9 +152,9 @@ class Named:
 
 
 class Fresh(Named):
-    """Everything of this step: exact. With ``slots``, what arrives is kept for a displaced step to start from.
+    """Everything of this step: exact. With ``slots``, what arrives is kept for steps that start from it.
 
-    ``keeps_moments`` is False where that displaced step will not ask the slots for moments. ``wire`` says how values
+    ``keeps_moments`` is False where these will not ask for moments. ``wire`` says how values
     travel, and remembers from step to step what its codecs ask for; with one, peers' values are exact the first time
     only.
     """
@@ -96,7 +163,7 @@ class Fresh(Named):
     sees_peers = True
 
     def __init__(
-        self, comm: Comm, slots: Slots | None = None, *, keeps_moments: bool = True, wire: Wire | None = None
+        self, comm: Comm, slots: Keeper | None = None, *, keeps_moments: bool = True, wire: Wire | None = None
     ) -> None:
         super().__init__()
         self._comm = comm
@@ -123,17 +190,24 @@ class Fresh(Named):
         return travel
 
     def gather(
-        self, key: str, own: Sequence[Tensor], sizes: Sequence[int], dim: int, kind: str = "context"
+        self,
+        key: str,
+        own: Sequence[Tensor],
+        sizes: Sequence[int],
+        dim: int,
+        kind: str = "context",
+        *,
+        level: int | None = None,
     ) -> Pending[list[Sequence[Tensor]]]:
         """See Exchange."""
         name, widths = self._name(key), [part.shape[-1] for part in own]
-        packed = torch.cat(list(own), dim=-1) if len(own) > 1 else own[0].contiguous()
-        shapes = [_resized(packed.shape, dim, size) for size in sizes]
-        travel = self._wire.all_gather(name, packed, shapes, kind=kind)
+        words = packed(own)
+        shapes = [_resized(words.shape, dim, size) for size in sizes]
+        travel = self._wire.all_gather(name, words, shapes, kind=kind)
 
         def shaped(parts: list[Tensor]) -> list[Sequence[Tensor]]:
             if self._slots is not None:
-                self._slots.keep_shared(name, packed, parts, kind=kind)
+                self._slots.keep_shared(name, words, parts, kind=kind)
             return [torch.split(part, widths, -1) for part in parts]
 
         return Arriving(travel, shaped)
@@ -188,7 +262,14 @@ class Stale(Named):
         return Done(before)
 
     def gather(
-        self, key: str, own: Sequence[Tensor], sizes: Sequence[int], dim: int, kind: str = "context"
+        self,
+        key: str,
+        own: Sequence[Tensor],
+        sizes: Sequence[int],
+        dim: int,
+        kind: str = "context",
+        *,
+        level: int | None = None,
     ) -> Pending[list[Sequence[Tensor]]]:
         """See Exchange."""
         name = self._name(key)
@@ -244,7 +325,14 @@ class Absent(Named):
         return Done({peer: _rows_like(patch, dim, count).zero_() for peer, count in plan.recvs})
 
     def gather(
-        self, key: str, own: Sequence[Tensor], sizes: Sequence[int], dim: int, kind: str = "context"
+        self,
+        key: str,
+        own: Sequence[Tensor],
+        sizes: Sequence[int],
+        dim: int,
+        kind: str = "context",
+        *,
+        level: int | None = None,
     ) -> Pending[list[Sequence[Tensor]]]:
         """See Exchange. The peers' parts are empty."""
         nothing = [part.narrow(dim, 0, 0) for part in own]
@@ -271,6 +359,11 @@ def outgoing(patch: Tensor, plan: Halo, dim: int) -> dict[int, Tensor]:
     """The rows of ``patch`` that each peer asks for."""
     rows = {peer: [patch.narrow(dim, span.start, len(span)) for span in spans] for peer, spans in plan.sends}
     return {peer: parts[0] if len(parts) == 1 else torch.cat(parts, dim) for peer, parts in rows.items()}
+
+
+def packed(own: Sequence[Tensor]) -> Tensor:
+    """Tensors that differ in their last dim only as one message: side by side in that dim."""
+    return torch.cat(list(own), dim=-1) if len(own) > 1 else own[0].contiguous()
 
 
 def _resized(shape: Sequence[int], dim: int, size: int) -> tuple[int, ...]:

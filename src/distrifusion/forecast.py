@@ -100,7 +100,7 @@ def _plan_step(
     attached.follow(patch_layers(table, holder, is_cut=num_patches > 1, has_budget=True))
     frame = Frame(largest_patch(levels.splits[0]), dim, levels, Pretended(), context_window=config.context_window)
     _, fit, budget.kept = StepTrial(table, holder, table.bind((), given), frame).fit(
-        budget, keeps=config.strategy == "displaced" and num_patches > 1
+        budget, keeps=config.keeps_words and num_patches > 1
     )
     budget.accept(fit)
 

@@ -13,7 +13,7 @@ from typing import Any
 
 from .errors import ConfigError
 
-SHIFTS = ("golden", "random")
+SHIFTS = ("patch", "golden", "random")
 """Ways to move the borders of ``shifted``, beside a number of rows."""
 
 CODECS = ("fp16", "bf16", "int8", "int4", "int2", "1bit")

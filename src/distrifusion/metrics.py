@@ -29,7 +29,8 @@ class Report:
     ``stages`` the modules that each rank of a pipeline computes, ``balance`` what they follow (``"even"``, the weights,
     or ``"measured"``); ``seconds`` has one entry per call of the denoiser, ``messages`` and ``bytes`` what this rank
     sent in it, ``kinds`` how fresh it was
-    (``"sync"``, ``"displaced"``, ``"naive"`` ...). ``slot_bytes`` is the memory for late messages, sent and received.
+    (``"sync"``, ``"displaced"``, ``"naive"`` ...). ``slot_bytes`` is the memory for late messages, sent and received,
+    and for what patches remember.
     ``vae`` is what a parallel VAE took in the same picture, by kind of call (``"encode"``, ``"decode"``): it is in none
     of the other counts.
     """

@@ -50,10 +50,11 @@ def compare(
     context_window: Annotated[
         list[float] | None, typer.Option(help="Of sync and displaced, see generate; may be given again.")
     ] = None,
-    shift: Annotated[
-        list[str] | None, typer.Option(help="Of shifted, see generate; may be given again. Default: golden.")
-    ] = None,
+    shift: Annotated[list[str] | None, typer.Option(help="Of shifted, see generate; may be given again.")] = None,
     overlap: Annotated[list[int] | None, typer.Option(help="Of shifted; may be given again. Default: 0.")] = None,
+    no_remember: Annotated[
+        bool, typer.Option("--no-remember", help="Of shifted: with what its patches remember and without it.")
+    ] = False,
     patches: Patches = None,
     patch: StageRanks = None,
     stride: Strides = None,
@@ -121,6 +122,7 @@ def compare(
             patch_choices(patch or []),
             stride or [1],
             [False, True] if time_shift else [False],
+            [True, False] if no_remember else [True],
         )
         texts = read_prompts(prompts, prompt, model is None, limit)
         if jobs is not None and jobs < 1:

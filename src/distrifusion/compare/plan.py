@@ -42,6 +42,7 @@ class Case:
     context_window: float | None = None
     shift: str | int | None = None
     overlap: int | None = None
+    remember: bool = True
     streamed: int | None = None
     patch: int | None = None  # ranks of a stage of ``pipelined``
     stride: int = 1
@@ -59,6 +60,7 @@ class Case:
         parts += [f"window-{self.context_window:g}"] if self.context_window is not None else []
         parts += [f"shift-{self.shift}"] if self.shift is not None else []
         parts += [f"overlap-{self.overlap}"] if self.overlap is not None else []
+        parts += ["forgetful"] if not self.remember else []
         parts += [f"patches-{self.streamed}"] if self.streamed is not None else []
         parts += [f"patch-{self.patch}"] if self.patch is not None else []
         parts += [f"stride-{self.stride}"] if self.stride > 1 else []
@@ -78,6 +80,7 @@ class Case:
         parts += [f"window {self.context_window:g}"] if self.context_window is not None else []
         parts += [f"shift {self.shift}"] if self.shift is not None else []
         parts += [f"overlap {self.overlap}"] if self.overlap is not None else []
+        parts += ["nothing remembered"] if not self.remember else []
         parts += [f"{self.streamed} patches"] if self.streamed is not None else []
         parts += [f"patch {self.patch}"] if self.patch is not None else []
         parts += [f"stride {self.stride}"] if self.stride > 1 else []
@@ -99,6 +102,7 @@ class Case:
         }
         chosen: dict[str, Any] = {name: value for name, value in given.items() if value is not None}
         if self.strategy == "shifted":
+            chosen["remember"] = self.remember
             chosen["latents"] = "whole"  # the same pictures, and one rank alone may look at them after each step
         return ParallelConfig(strategy=self.strategy, cfg=self.cfg, split=self.split, **chosen)
 
@@ -114,7 +118,7 @@ class Case:
         codec = sorted(map(CODECS.index, self.config.codecs.values())) if self.strategy is not None else []
         window = 2.0 if self.context_window is None else self.context_window
         first = (self.steps, place, self.world, self.warmup_steps or 0, self.group_norm or "")
-        moved = str(self.shift or ""), self.overlap or 0
+        moved = str(self.shift or ""), self.overlap or 0, not self.remember
         staged = self.streamed or 0, self.patch or 1, self.stride, self.time_shift
         return *first, codec, self.codec or "", -window, *moved, *staged, self.split, self.cfg
 
@@ -135,6 +139,7 @@ def cases_for(
     stage_ranks: Iterable[int | None] = (None,),
     strides: Iterable[int] = (1,),
     time_shifts: Iterable[bool] = (False,),
+    remembers: Iterable[bool] = (True,),
 ) -> tuple[Case, ...]:
     """The product of all settings, each case once; what a strategy has no setting for does not multiply its cases.
 
@@ -145,15 +150,17 @@ def cases_for(
     """
     found: dict[Case, None] = {}
     staged = stagings(patches=patches, patch=stage_ranks, stride=strides, time_shift=time_shifts)
-    choices = steps, strategies, worlds, warmup_steps, group_norms, codecs, context_windows, shifts, overlaps, staged
-    for count, strategy, world, warmup, norm, codec, window, shift, overlap, staging in product(*choices):
+    moves = list(product(shifts, overlaps, remembers))
+    choices = steps, strategies, worlds, warmup_steps, group_norms, codecs, context_windows, moves, staged
+    for count, strategy, world, warmup, norm, codec, window, (shift, overlap, remember), staging in product(*choices):
         for name, value in (("steps", count), ("world", world)):
             if value < 1:
                 raise ConfigError(f"{name}={value} must be a whole number of at least 1")
         # Also what this strategy will not use: a typing error is one whatever it stands beside.
         ParallelConfig(strategy=strategy, cfg=cfg, split=split, warmup_steps=warmup, group_norm=norm)  # type: ignore[arg-type]
         ParallelConfig(codec=codec, context_window=window)
-        moved = {name: value for name, value in (("shift", shift), ("overlap", overlap)) if value is not None}
+        named = ("shift", shift), ("overlap", overlap), ("remember", remember)
+        moved: dict[str, Any] = {name: value for name, value in named if value is not None}
         ParallelConfig(strategy="shifted", **moved)
         extra: dict[str, Any] = {"warmup_steps": warmup} if strategy in ("displaced", "shifted", "pipelined") else {}
         extra |= {"group_norm": norm} if strategy == "displaced" else {}

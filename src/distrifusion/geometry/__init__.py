@@ -10,6 +10,7 @@ from .halos import Halo, Part, halo, moves
 from .levels import Levels
 from .moving import Blend, Moved, blend
 from .readers import Chain, Nearby, Nearest, Reader, Window
+from .seen import Visit, borders, near, newest
 from .spans import Span, Split, laps
 
 __all__ = [
@@ -24,9 +25,13 @@ __all__ = [
     "Reader",
     "Span",
     "Split",
+    "Visit",
     "Window",
     "blend",
+    "borders",
     "halo",
     "laps",
     "moves",
+    "near",
+    "newest",
 ]

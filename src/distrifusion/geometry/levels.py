@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from math import prod
+from math import gcd, prod
 
 from ..errors import ConfigError
 from .readers import Window
@@ -55,6 +55,21 @@ class Levels:
     def unit(self) -> int:
         """Rows of the first level behind one of the last."""
         return prod(self.strides)
+
+    def grains(self, grain: int) -> tuple[int, ...]:
+        """Rows of each level that ``grain`` rows of the first one are; at least 1."""
+        return tuple(max(grain // prod(self.strides[:level]), 1) for level in range(len(self.splits)))
+
+    def grain(self, overlap: int) -> int:
+        """Rows of the first level of which all borders of patches are multiples that move by `whole_rows`."""
+        return gcd(self.whole_rows, overlap)
+
+    @property
+    def whole_rows(self) -> int:
+        """Rows of the first level by whose multiples patches move without coming between two rows of a deeper level,
+        where their own borders are not there already.
+        """
+        return gcd(self.unit, *self.splits[0].bounds)
 
     def ring(self, along: bool, across: bool) -> Levels:
         """The same picture with ends that meet.

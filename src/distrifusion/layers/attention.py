@@ -96,7 +96,7 @@ class PatchAttention(Layer):
 
     def launch(self, frame: Frame, k: Tensor, v: Tensor) -> Pending[list[Sequence[Tensor]]]:
         """Everyone's keys and values, on their way."""
-        return frame.exchange.gather(self.key, (k, v), frame.num_tokens(self.level), 1)
+        return frame.exchange.gather(self.key, (k, v), frame.num_tokens(self.level), 1, level=self.level)
 
     def answer(self, tensors: list[Tensor], dim: int, question: int) -> Sequence[Tensor]:
         """See Layer."""
@@ -107,7 +107,7 @@ class PatchAttention(Layer):
         sizes, split = frame.num_tokens(self.level), frame.split(self.level)
         own = split.span(frame.patch)
         if not frame.sees_peers:
-            return sizes[frame.patch]
+            return sizes[frame.patch] + frame.num_remembered(self.level)
         if frame.context_window is None:
             return sum(sizes)
         rows = Nearby(split, frame.context_window).reads(own) if len(own) else own

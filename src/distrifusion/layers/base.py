@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import UnsupportedModel
-from ..exchange import Exchange
+from ..exchange import Exchange, Recall
 from ..geometry import Halo, Levels, Part, Reader, Span, Split, halo, laps
 from .compiled import ask, empty_like_but, layout_of, new_number, place_of
 
@@ -47,6 +47,8 @@ class Frame:
     ragged: Ragged | None = None  # set by the entry of a model whose samples have texts of several lengths
     context_window: float | None = None  # see ParallelConfig: which keys a patch's queries see
     sees_peers: bool = field(init=False)  # of the exchange: whether anything of the peers is known
+    recall: Recall | None = field(init=False)  # of the exchange: what the patch saw where it was before
+    rows_known: tuple[int, ...] = ()  # beside the own ones, by level, of what was seen there
     memory: dict[str, Any] = field(default_factory=dict)  # what layers keep, by name, in this picture and branch
     asks_always: bool = False  # for rows of the neighbours also where there are none, so that the own ones can be kept
     chunk: int | None = None  # bytes that a layer works on at a time where it can; None: on all of its patch
@@ -56,7 +58,9 @@ class Frame:
 
     def __post_init__(self) -> None:
         # Here, so that a compiled graph, which depends on this, does not depend on the kind of the exchange too.
-        self.sees_peers = self.exchange.sees_peers
+        self.sees_peers, self.recall = self.exchange.sees_peers, self.exchange.recall
+        if self.recall is not None:
+            self.rows_known = tuple(map(self.recall.num_rows, range(len(self.levels.splits))))
 
     def split(self, level: int) -> Split:
         """Who owns which rows at ``level`` of the model."""
@@ -81,6 +85,11 @@ class Frame:
     def num_tokens(self, level: int) -> list[int]:
         """Tokens of each patch at ``level``."""
         return [self.third * rows * self.levels.across[level] for rows in self.levels.splits[level].sizes]
+
+    def num_remembered(self, level: int) -> int:
+        """Tokens at ``level`` whose keys and values are known from earlier steps."""
+        rows = self.rows_known[level] if self.rows_known else 0
+        return self.third * rows * self.levels.across[level]
 
     @property
     def num_own_guests(self) -> int:
@@ -252,6 +261,15 @@ def attach(patch: Tensor, plan: Halo, rank: int, dim: int, arrived: Callable[[],
         if part.peer is not None and part.peer != rank:
             place.copy_(received[part.peer].narrow(dim, part.start, part.rows))
     return rows
+
+
+def between(patch: Tensor, before: Tensor | None, after: Tensor | None, pads: tuple[int, int], dim: int) -> Tensor:
+    """``patch`` between rows of others along ``dim``, ``pads`` of them on its sides: zeros where there are none."""
+    sides = {1: before, 2: after}
+    peers = [peer if rows is not None else None for peer, rows in sides.items()]
+    parts = Part(peers[0], 0, pads[0]), Part(0, 0, patch.shape[dim]), Part(peers[1], 0, pads[1])
+    known = {peer: rows for peer, rows in sides.items() if rows is not None}
+    return attach(patch, Halo(parts, (), (), frozenset(), 0), 0, dim, lambda: known)
 
 
 def own_rows(whole: Tensor, split: Split, patch: int, dim: int) -> Tensor:

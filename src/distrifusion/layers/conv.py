@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from ..errors import UnsupportedModel
 from ..geometry import Reader, Span, Split, Window
-from .base import Frame, FrameHolder, HaloLayer, rows_of
+from .base import Frame, FrameHolder, HaloLayer, between, rows_of
 from .chunks import Pads, convolved
 
 
@@ -93,10 +93,41 @@ class PatchConv(HaloLayer):
     def _alone(self, x: Tensor, frame: Frame) -> Tensor:
         if self.reads_whole:
             x = frame.own(self.level, x)
-        parts = [
-            self._padded(strip, frame, self.windows[frame.dim - 2].padding) for strip in frame.strips(self.level, x)
-        ]
-        return parts[0] if len(parts) == 1 else torch.cat(parts, frame.dim)
+        dim, pads = frame.dim, self.windows[frame.dim - 2].padding
+        strips = frame.strips(self.level, x)
+        if frame.recall is None or not any(pads):
+            parts = [self._padded(strip, frame, pads) for strip in strips]
+        elif torch.compiler.is_compiling():
+            rows = [strip.shape[dim] + sum(pads) for strip in strips]
+            wider = torch.split(self.ask([x], [sum(rows)], dim)[0], rows, dim)
+            parts = [self._padded(strip, frame, (0, 0)) for strip in wider]
+        else:
+            sides = frame.recall.beside(self.key, x, self.level, pads, dim)
+            parts = [
+                self._padded(between(strip, *both, pads, dim), frame, (0, 0))
+                if any(rows is not None for rows in both)
+                else self._padded(strip, frame, pads)  # torch's own zeros: the same bits as without a memory
+                for strip, both in zip(strips, sides, strict=True)
+            ]
+        return parts[0] if len(parts) == 1 else torch.cat(parts, dim)
+
+    def with_halo(self, frame: Frame, patch: Tensor) -> Tensor:
+        """See HaloLayer."""
+        pads = self.windows[frame.dim - 2].padding
+        if frame.recall is not None and any(pads) and not torch.compiler.is_compiling():
+            frame.recall.note(self.key, patch, self.level, pads, frame.dim)
+        return super().with_halo(frame, patch)
+
+    def answer(self, tensors: list[Tensor], dim: int, question: int) -> Sequence[Tensor]:
+        """See Layer."""
+        frame, x = self.frame, tensors[0]
+        if not frame.levels.strips:
+            return super().answer(tensors, dim, question)
+        assert frame.recall is not None
+        pads = self.windows[frame.dim - 2].padding
+        sides = frame.recall.beside(self.key, x, self.level, pads, frame.dim)
+        strips = zip(frame.strips(self.level, x), sides, strict=True)
+        return [torch.cat([between(strip, *both, pads, frame.dim) for strip, both in strips], frame.dim)]
 
     def _padded(self, rows: Tensor, frame: Frame, along: Pads) -> Tensor:
         """The module's arithmetic, with ``along`` zeros before and after along the split dim and its own across."""

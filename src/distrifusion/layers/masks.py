@@ -41,9 +41,9 @@ def widened(mask: Tensor, frame: Frame, place: Place, num_own: int, num_keys: in
             f"{name}: an attention mask of shape {tuple(mask.shape)} goes across patches; only one that hides "
             "text tokens, such as [batch, 1, 1, keys], is known"
         )
-    sizes = frame.num_keys(TOKENS, has_words=False)
-    image, joined = Tokens(mask.ndim - 1, place).exchanged(mask, sizes[frame.patch], frame)
-    return joined([image[..., :1].expand(*image.shape[:-1], sum(sizes))])
+    num_image = frame.num_keys(TOKENS, has_words=False)[frame.patch]
+    image, joined = Tokens(mask.ndim - 1, place).exchanged(mask, num_image, frame)
+    return joined([image[..., :1].expand(*image.shape[:-1], num_image + num_keys - num_own)])
 
 
 def _of_shared_words(mask: Tensor, frame: Frame, words: Split, num_own: int, is_for_all: bool, name: str) -> Tensor:

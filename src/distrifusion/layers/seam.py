@@ -75,11 +75,12 @@ class PatchSeam(Layer):
         """
         sizes, tokens = frame.num_keys(TOKENS, has_words=has_words), Tokens(dim, place)
         if torch.compiler.is_compiling():
-            num_keys = k.shape[dim] - sizes[frame.patch] + sum(sizes) if frame.sees_peers else k.shape[dim]
+            num_others = sum(sizes) - sizes[frame.patch] if frame.sees_peers else frame.num_remembered(TOKENS)
+            num_keys = k.shape[dim] + num_others
             k, v = self.ask([k, v], [num_keys, num_keys], dim, 2 * _PLACES.index(place) + has_words)
             return k, v
         (own_k, all_k), (own_v, all_v) = (tokens.exchanged(x, sizes[frame.patch], frame) for x in (k, v))
-        parts = frame.exchange.gather(self.key, (own_k, own_v), sizes, dim).wait()
+        parts = frame.exchange.gather(self.key, (own_k, own_v), sizes, dim, level=TOKENS).wait()
         return all_k([part[0] for part in parts]), all_v([part[1] for part in parts])
 
     def answer(self, tensors: list[Tensor], dim: int, question: int) -> Sequence[Tensor]:
@@ -133,7 +134,7 @@ class PatchSeam(Layer):
         """To own image tokens and the rest, while the peers' image tokens travel."""
         sizes, tokens = frame.num_keys(TOKENS, has_words=has_words), Tokens(2, place)
         own = [tokens.exchanged(x, sizes[frame.patch], frame)[0] for x in (key, value)]
-        pending = frame.exchange.gather(self.key, own, sizes, 2)
+        pending = frame.exchange.gather(self.key, own, sizes, 2, level=TOKENS)
 
         def others() -> tuple[Tensor, Tensor]:
             parts = [part for rank, part in enumerate(pending.wait()) if rank != frame.patch]
@@ -186,7 +187,7 @@ class PatchFrameAttention(Layer):
         return attention(query, *self._gather(frame, key, value, dim))
 
     def _gather(self, frame: Frame, k: Tensor, v: Tensor, dim: int) -> tuple[Tensor, Tensor]:
-        parts = frame.exchange.gather(self.key, (k, v), frame.num_tokens(self.level), dim).wait()
+        parts = frame.exchange.gather(self.key, (k, v), frame.num_tokens(self.level), dim, level=self.level).wait()
         return torch.cat([part[0] for part in parts], dim), torch.cat([part[1] for part in parts], dim)
 
 

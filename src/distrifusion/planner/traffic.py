@@ -13,8 +13,8 @@ from math import ceil, prod
 
 from ..config import ParallelConfig
 from ..errors import ConfigError
-from ..geometry import Levels
-from .anatomy import Anatomy, Crossing, Joint, Total
+from ..geometry import Levels, borders, near
+from .anatomy import Anatomy, Conv, Crossing, Joint, Total
 from .words import Rank, Said, in_whole_words, payload
 
 PROBES = 64  # latents that travel with the prediction, to tell ranks whose noise differs
@@ -72,6 +72,8 @@ def traffic(
             _displaced(said, own, ranks)
         else:
             _synchronous(said, own, ranks, coded=config.strategy == "sync" and step > 0)
+            if config.strategy == "shifted" and config.remember and step == config.warmup_steps - 1:
+                _noted(said, anatomy, levels, config, share)
     groups = config.cfg if share < batch else 1
     rows = max(levels.splits[0].sizes) if config.strategy != "tensor" else ceil(levels.splits[0].size / num_patches)
     largest = rows * levels.across[0] * anatomy.channels * share
@@ -127,6 +129,19 @@ def _synchronous(said: Traffic, own: Rank, ranks: Sequence[Rank], *, coded: bool
             else:  # a collective: all parts are as long as the longest
                 longest = max(rank.words[i].num_bytes(None, coded) for rank in ranks)
                 said.add(words.kind, longest * (len(ranks) - 1))
+
+
+def _noted(said: Traffic, anatomy: Anatomy, levels: Levels, config: ParallelConfig, batch: int) -> None:
+    """What patches may come to stand beside, before they stand alone: collectives, all parts as long as the longest."""
+    grains = levels.grains(levels.grain(config.overlap))
+    for seam in anatomy.seams:
+        if not isinstance(seam, Conv) or not any(margins := seam.windows[config.split == "cols"].padding):
+            continue
+        split = levels.splits[seam.level]
+        kept = borders(split.size, grains[seam.level], margins)
+        rows = max(len(near(kept, split.span(i).start, split.sizes[i], split.size)) for i in range(split.num_patches))
+        numbers = batch * seam.channels * rows * levels.across[seam.level]
+        said.add("halo", numbers * anatomy.item * (split.num_patches - 1))
 
 
 def _displaced(said: Traffic, own: Rank, ranks: Sequence[Rank]) -> None:

@@ -14,6 +14,7 @@ from ..comm import Pending
 from ..comm.base import Done
 from ..config import ParallelConfig
 from ..dataflow import Dataflow
+from ..exchange import Recall
 from ..geometry import Halo, Split
 from ..layers import (
     Frame,
@@ -193,6 +194,7 @@ class _Noting:
     kind = "sync"
     sees_peers = True
     is_slow = False
+    recall: Recall | None = None
 
     def __init__(self, layers: Sequence[Layer], batch: int) -> None:
         self.seams: list[Seam] = []
@@ -220,7 +222,14 @@ class _Noting:
         return Done({})
 
     def gather(
-        self, key: str, own: Sequence[Tensor], sizes: Sequence[int], dim: int, kind: str = "context"
+        self,
+        key: str,
+        own: Sequence[Tensor],
+        sizes: Sequence[int],
+        dim: int,
+        kind: str = "context",
+        *,
+        level: int | None = None,
     ) -> Pending[list[Sequence[Tensor]]]:
         """See Exchange."""
         layer, shape = self._layers[key], tuple(own[0].shape)

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from ..comm import Pending
-from ..exchange import Exchange
+from ..exchange import Exchange, Recall
 from ..geometry import Chain, Halo, Levels, Span, Split, halo
 from ..layers import Band, Frame, FrameHolder, Layer, PatchConv, PatchGroupNorm
 from ..layers.base import HaloLayer, rows_of
@@ -243,6 +243,7 @@ class _Asking:
     kind = "sync"
     sees_peers = False
     is_slow = False
+    recall: Recall | None = None
 
     def begin(self) -> None:
         """See Exchange."""
@@ -254,7 +255,14 @@ class _Asking:
         raise AssertionError(f"{key} of a band asks for rows")
 
     def gather(
-        self, key: str, own: Sequence[Tensor], sizes: Sequence[int], dim: int, kind: str = "context"
+        self,
+        key: str,
+        own: Sequence[Tensor],
+        sizes: Sequence[int],
+        dim: int,
+        kind: str = "context",
+        *,
+        level: int | None = None,
     ) -> Pending[list[Sequence[Tensor]]]:
         """See Exchange."""
         raise AssertionError(f"{key} of a band asks for the whole picture")

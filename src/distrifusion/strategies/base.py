@@ -9,7 +9,8 @@ from ..boundary import Stages
 from ..comm.residual import Wire
 from ..comm.slots import Slots
 from ..exchange import Exchange
-from ..geometry import Levels, Moved, Split
+from ..geometry import Levels, Moved
+from ..recall import Seen
 from ..stream import Course
 
 
@@ -20,7 +21,9 @@ class State:
     step: int = 0  # calls of the denoiser so far
     num_calls: int = 0  # the same, with those that the other half of the ranks makes, and never back at 0
     levels: Levels | None = None  # the rows that slots and wire are about
+    moved: Moved | None = None  # where the patches of this step lie, if each stands alone
     slots: Slots | None = None  # of strategies with late values
+    seen: Seen | None = None  # of patches that remember where they were
     wire: Wire | None = None  # of synchronous values that travel as residuals
     stages: Stages | None = None  # of a model that is cut over its depth
     course: Course | None = None  # of patches that stream through the stages
@@ -68,8 +71,8 @@ class Strategy(Protocol):
         """How fresh the peers' values are in this step."""
         ...
 
-    def moved(self, state: State, split: Split, unit: int) -> Moved | None:
-        """Where the patches of this step lie, if each is a picture of its own; None: they are parts of one, ``split``.
+    def moved(self, state: State, picture: Levels, unit: int) -> Moved | None:
+        """Where the patches of this step lie, if each is a picture of its own; None: they are parts of ``picture``.
 
         They move by multiples of ``unit`` rows.
         """
@@ -79,6 +82,6 @@ class Strategy(Protocol):
 class Joined:
     """What strategies have in common whose patches are parts of one picture."""
 
-    def moved(self, state: State, split: Split, unit: int) -> Moved | None:
+    def moved(self, state: State, picture: Levels, unit: int) -> Moved | None:
         """See Strategy."""
         return None

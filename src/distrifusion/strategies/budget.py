@@ -12,7 +12,7 @@ from torch import Tensor
 from ..comm import Pending
 from ..comm.base import Done
 from ..comm.shared import ring_bytes
-from ..exchange import Exchange
+from ..exchange import Exchange, Recall, packed
 from ..footprint import rehearsal
 from ..geometry import Halo, Levels, Split
 from ..layers import Frame, FrameHolder, Layer
@@ -206,6 +206,7 @@ class Pretended:
     kind = "sync"
     sees_peers = True
     is_slow = False
+    recall: Recall | None = None
 
     def __init__(self) -> None:
         self.words = 0
@@ -223,12 +224,19 @@ class Pretended:
         return Done(rows)
 
     def gather(
-        self, key: str, own: Sequence[Tensor], sizes: Sequence[int], dim: int, kind: str = "context"
+        self,
+        key: str,
+        own: Sequence[Tensor],
+        sizes: Sequence[int],
+        dim: int,
+        kind: str = "context",
+        *,
+        level: int | None = None,
     ) -> Pending[list[Sequence[Tensor]]]:
         """See Exchange."""
         widths = [part.shape[-1] for part in own]
-        packed = torch.cat(list(own), dim=-1) if len(own) > 1 else own[0].contiguous()
-        parts = [_resized(packed, dim, size) for size in sizes]
+        words = packed(own)
+        parts = [_resized(words, dim, size) for size in sizes]
         self.words += sum(map(_bytes, parts))
         return Done([torch.split(part, widths, -1) for part in parts])
 

@@ -85,15 +85,15 @@ class Cutting:
             share_out(frame, self._table.num_words(call))
         return frame
 
-    def moves(self, call: Call, state: State, split: Split, feeders: Sequence[Cutting]) -> Moved | None:
+    def moves(self, call: Call, state: State, picture: Levels, feeders: Sequence[Cutting]) -> Moved | None:
         """Where the patches of this step lie, if each stands alone; ``feeders`` are of models that have fed this one.
 
         Raises:
             UnsupportedModel: a feeder that has not run at every step, and so was elsewhere.
         """
-        if split.num_patches == 1:
+        if picture.splits[0].num_patches == 1:
             return None
-        moved = self._strategy.moved(state, split, self._table.unit(call, fed=bool(feeders)))
+        moved = self._strategy.moved(state, picture, self._table.unit(call, fed=bool(feeders)))
         for feeder in feeders:
             if feeder.moved != moved:
                 raise UnsupportedModel(

@@ -12,8 +12,11 @@ from ..comm import Comm
 from ..config import ParallelConfig
 from ..errors import ConfigError
 from ..exchange import Absent, Exchange, Fresh
-from ..geometry import Moved, Split, blend
+from ..forms import MEASURED
+from ..geometry import Levels, Moved, Split, blend
+from ..recall import Notes, Recalled, Seen, indices, sizes_of
 from .base import State
+from .cutting import DIMS
 
 GOLDEN = (5**0.5 - 1) / 2
 
@@ -34,17 +37,18 @@ class Naive:
         """See Strategy."""
         return self._absent
 
-    def moved(self, state: State, split: Split, unit: int) -> Moved | None:
+    def moved(self, state: State, picture: Levels, unit: int) -> Moved | None:
         """See Strategy."""
-        return Moved(split)
+        return Moved(picture.splits[0])
 
 
 class Shifted:
-    """Patches that do not talk and whose borders move at every step, on a torus (SpotDiffusion, arXiv 2407.15507).
+    """Patches that do not talk and move at every step, on a torus (SpotDiffusion, arXiv 2407.15507).
 
-    What one step has torn, another one has in the middle of a patch. The first ``warmup_steps`` are synchronous, since
-    early steps decide what the picture is of. Offsets follow from the configuration and the number of the step, so all
-    ranks know them.
+    What one step has torn, another one has in the middle of a patch. And a patch that comes by all of the picture may
+    remember it (`recall`, not of that paper): then it knows the rest as it was some steps ago, and nothing travels for
+    it. The first ``warmup_steps`` are synchronous, since early steps decide what the picture is of. Offsets follow from
+    the configuration and the number of the step, so all ranks know them.
     """
 
     name = "shifted"
@@ -60,19 +64,37 @@ class Shifted:
 
     def policy(self, state: State) -> Exchange:
         """See Strategy."""
-        return Fresh(self._comm) if self._step(state) < 0 else self._absent
+        step, picture = self._step(state), state.levels
+        assert picture is not None, "set before every step"
+        if not self._config.remember or picture.splits[0].num_patches == 1:
+            return Fresh(self._comm) if step < 0 else self._absent
+        if step < -1:
+            return Fresh(self._comm)
+        if state.seen is None or state.seen.sizes != sizes_of(picture):
+            # Measured rows are known after the synchronous steps: then borders may lie anywhere.
+            grain = picture.grain(self._config.overlap) if self._config.balance != MEASURED else 1
+            state.seen = Seen(picture, DIMS[self._config.split], grain)
+        if step < 0:
+            notes = Notes(self._comm, state.seen, picture)
+            fresh = Fresh(self._comm, notes)
+            fresh.recall = notes
+            return fresh
+        assert state.moved is not None, "patches stand alone after the synchronous steps"
+        return Recalled(state.seen, picture.alone(state.moved.window(self._comm.rank)))
 
-    def moved(self, state: State, split: Split, unit: int) -> Moved | None:
+    def moved(self, state: State, picture: Levels, unit: int) -> Moved | None:
         """See Strategy.
 
         Raises:
             ConfigError: an overlap that is not a multiple of ``unit``.
         """
-        step, overlap = self._step(state), self._config.overlap
+        step, overlap, split = self._step(state), self._config.overlap, picture.splits[0]
         if overlap % unit:
             raise ConfigError(f"overlap={overlap} must be a multiple of {unit} rows here")
         if step < 0:
             return None
+        if self._config.remember:  # rows of every level, so that what is remembered of them stays at its place
+            unit = max(unit, picture.whole_rows)
         return Moved(Split(split.bounds, split.is_ring, self._offset(step, split, unit)), overlap)
 
     def _step(self, state: State) -> int:
@@ -81,13 +103,18 @@ class Shifted:
         return state.num_calls - 1 - self._config.warmup_steps
 
     def _offset(self, step: int, split: Split, unit: int) -> int:
-        """Where the first patch begins, in rows: within its own length, after which all borders are where they were."""
-        num_places = max(split.size // split.num_patches // unit, 1)
-        if self._config.shift == "golden":
+        """Where the first patch begins, in rows."""
+        # A patch that remembers comes everywhere; else borders are where they were after its own length.
+        num_rows = split.size if self._config.remember else split.size // split.num_patches
+        num_places = max(num_rows // unit, 1)
+        moving = self._config.moving
+        if moving == "patch":  # of patches of several sizes, the smallest: it too comes by all rows
+            return step * max(min(split.sizes) // unit, 1) * unit % split.size
+        if moving == "golden":
             return int(step * GOLDEN % 1 * num_places) * unit
-        if self._config.shift == "random":
+        if moving == "random":
             return Random(f"{self._config.shift_seed}/{step}").randrange(num_places) * unit
-        return step * int(self._config.shift) // unit * unit % split.size
+        return step * int(moving) // unit * unit % split.size
 
 
 def blended(window: Tensor, moved: Moved, comm: Comm, dim: int) -> Tensor:
@@ -95,7 +122,7 @@ def blended(window: Tensor, moved: Moved, comm: Comm, dim: int) -> Tensor:
     if not moved.overlap:
         return window
     plan, device = blend(moved, comm.rank), window.device
-    sends = {peer: window.index_select(dim, _index(rows, device)) for peer, rows in plan.sends}
+    sends = {peer: window.index_select(dim, indices(rows, device)) for peer, rows in plan.sends}
     recvs = {peer: _with_rows(window, dim, len(places)) for peer, places in plan.recvs if peer != comm.rank}
     if sends or recvs:
         comm.swap(sends, recvs, kind="output").wait()
@@ -104,14 +131,8 @@ def blended(window: Tensor, moved: Moved, comm: Comm, dim: int) -> Tensor:
     for (peer, places), weights in zip(plan.recvs, plan.weights, strict=True):
         part = own if peer == comm.rank else recvs[peer]
         shape = [len(weights) if i == dim else 1 for i in range(window.ndim)]
-        result.index_add_(dim, _index(places, device), part * _shares(weights, device).view(shape))
+        result.index_add_(dim, indices(places, device), part * _shares(weights, device).view(shape))
     return result.to(window.dtype)
-
-
-@lru_cache(maxsize=1024)
-def _index(rows: tuple[int, ...], device: torch.device) -> Tensor:
-    """Kept, since a host that copies to an accelerator waits for it; patches come to the same places again."""
-    return torch.tensor(rows, device=device)
 
 
 @lru_cache(maxsize=1024)

@@ -80,9 +80,9 @@ class Pictures:
 
     @property
     def slot_bytes(self) -> int:
-        """Memory for messages, of all branches."""
-        slots = [branch.state.slots for branch in self._branches]
-        return sum(each.memory for each in slots if each is not None)
+        """Memory for late messages, and for what patches remember, of all branches."""
+        kept = [each for branch in self._branches for each in (branch.state.slots, branch.state.seen)]
+        return sum(each.memory for each in kept if each is not None)
 
     def reset(self) -> None:
         """End the picture."""

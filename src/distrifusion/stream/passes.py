@@ -191,7 +191,14 @@ class Pass(Named):
     # --- the verbs of layers ---
 
     def gather(
-        self, key: str, own: Sequence[Tensor], sizes: Sequence[int], dim: int, kind: str = "context"
+        self,
+        key: str,
+        own: Sequence[Tensor],
+        sizes: Sequence[int],
+        dim: int,
+        kind: str = "context",
+        *,
+        level: int | None = None,
     ) -> Pending[list[Sequence[Tensor]]]:
         """See Exchange: own parts of this pass, those of the other patches as this rank made them last."""
         name, context = self._name(key), self._course.context

@@ -60,7 +60,7 @@ class InPatches:
         # What feeders have left is this rank's.
         frame.patch = cutting.place if is_fed else largest_patch(picture.splits[0])
         trial = StepTrial(setting.table, setting.holder, setting.own_batch(call), frame, fed=is_fed)
-        cutting.chunk, fit, words = trial.fit(budget, keeps=setting.config.strategy == "displaced")
+        cutting.chunk, fit, words = trial.fit(budget, keeps=setting.config.keeps_words)
         peaks = setting.comm.all_gather_object((fit.peak, words))
         budget.kept = max(words for _, words in peaks) * num_branches
         budget.accept(replace(fit, peak=max(peak for peak, _ in peaks)))
@@ -72,8 +72,8 @@ class InPatches:
         if state.levels is not None and state.levels != picture:
             state.forget(self._strategy.start())
         state.levels = picture
+        state.moved = cutting.moved = cutting.moves(call, state, picture, feeders)
         exchange = self._strategy.policy(state)
-        cutting.moved = cutting.moves(call, state, picture.splits[0], feeders)
         own_call = setting.own_batch(cutting.with_plain_latents(call))
         frame = cutting.frame(call, picture, exchange, state.memory)
         if self._is_cut:
@@ -103,9 +103,9 @@ class InPatches:
     def skip(self, before: Ran, call: Call, state: State) -> Ran:
         """See Way."""
         cutting = self.setting.cutting
-        split = cutting.levels(call).splits[0]
-        moved = cutting.moves(call, state, split, [])
-        return replace(before, own=cutting.nothing(before.own, moved), split=split, moved=moved)
+        picture = cutting.levels(call)
+        moved = cutting.moves(call, state, picture, [])
+        return replace(before, own=cutting.nothing(before.own, moved), split=picture.splits[0], moved=moved)
 
     def notes(self) -> list[str]:
         """See Way."""
