@@ -50,7 +50,6 @@ def held(name: str, world: int, steps: int, batch: int = 1, size: tuple[int, int
         ("sd15", 2, "rows", "plane", 30),
         ("sd15", 2, "rows", "torus", 30),
         ("sdxl", 2, "cols", "ring-x", 30),
-        ("sdxl", 4, "cols", "plane", 50),
     ],
 )
 def test_a_held_input_is_known_exactly_in_the_end(name: str, world: int, split: Any, topology: Any, steps: int) -> None:
@@ -64,26 +63,25 @@ def test_a_held_input_is_known_exactly_in_the_end(name: str, world: int, split: 
 
 
 def test_after_synchronous_steps_a_held_input_stays_exact_but_for_borders() -> None:
-    for apart, _ in held("sd15", 2, 40, warmup_steps=2):
+    for apart, _ in held("sd15", 2, 32, size=(16, 16), warmup_steps=2):
         assert max(apart[:2]) <= EXACT
         assert EXACT < apart[2] < 1.0
         assert apart[-1] <= EXACT
 
 
-@pytest.mark.parametrize(("shift", "world"), [("patch", 5), ("golden", 3), ("random", 3), (3, 3)])
+@pytest.mark.parametrize(("shift", "world"), [("patch", 3), ("random", 3)])
 def test_uneven_patches_come_near(shift: Any, world: int) -> None:
     """Where borders lie between rows of a deep level, what is remembered there is half a row off: near, not exact."""
-    remembering = held("sd15", world, 16, size=(36, 8), warmup_steps=0, shift=shift)
-    forgetful = held("sd15", world, 16, size=(36, 8), warmup_steps=0, shift=shift, remember=False)
+    remembering = held("sd15", world, 12, size=(36, 8), warmup_steps=0, shift=shift)
+    forgetful = held("sd15", world, 12, size=(36, 8), warmup_steps=0, shift=shift, remember=False)
     for (apart, messages), (without, _) in zip(remembering, forgetful, strict=True):
-        assert sum(apart[-8:]) < 0.6 * sum(without[-8:])
+        assert sum(apart[-6:]) < 0.7 * sum(without[-6:])
         assert messages == 0
 
 
-@pytest.mark.parametrize("make", [sd, pytest.param(sdxl, marks=NUMPY_WARNINGS)])
-@pytest.mark.parametrize("world", [2, 3, 4])
+@pytest.mark.parametrize(("make", "world"), [(sd, 2), (sd, 3), pytest.param(sdxl, 2, marks=NUMPY_WARNINGS)])
 def test_a_memory_takes_no_message_more(make: Any, world: int) -> None:
-    arguments = {"num_inference_steps": 12, "height": 128, "width": 64}
+    arguments = {"num_inference_steps": 8, "height": 128, "width": 64}
     truth = sample(make(), **arguments)
     with_memory = paint(df.ParallelConfig(strategy="shifted"), world, make, **arguments)
     without = paint(df.ParallelConfig(strategy="shifted", shift="patch", remember=False), world, make, **arguments)

@@ -108,8 +108,10 @@ def test_displaced_with_a_held_input_equals_sync_in_few_messages(name: str, worl
         assert max(report.messages[1:]) <= 8
 
 
-@pytest.mark.parametrize("name", MODELS)
-@pytest.mark.parametrize(("world", "split"), [(2, "rows"), (3, "cols")])
+@pytest.mark.parametrize(
+    ("name", "world", "split"),
+    [*((name, 2, "rows") for name in MODELS), ("pixart", 3, "cols"), ("lumina2", 5, "rows"), ("wan", 3, "cols")],
+)
 def test_patches_that_move_and_remember_come_to_equal_one_device(name: str, world: int, split: Any) -> None:
     """With a held input, without a message: each round over the picture makes one more block exact."""
     arguments = MODELS[name].arguments(2, ROWS, COLS)
