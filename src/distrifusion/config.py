@@ -83,8 +83,9 @@ class ParallelConfig:
             its patch travel; a callback that looks at the latents must then look on every rank. ``"whole"`` sends all
             predictions to all ranks, as the other strategies do. The same picture.
         remember: whether a patch of ``shifted`` knows the rest of the picture as it was when the patch was there:
-            keys, values and group norm's statistics of some steps ago. Nothing travels for it; it takes the memory of
-            keys and values of the whole picture in all layers. False: it knows nothing of the rest.
+            keys, values, group norm's statistics and rows beside its borders, of some steps ago. Nothing travels for
+            it, but for one fuller synchronous step; it takes the memory of keys and values of the whole picture in all
+            layers. False: it knows nothing of the rest. See docs/shifted.md.
         patches: of ``pipelined``, transformers only: the picture in so many patches, cut along ``split``, which stream
             through the stages within a step (PipeFusion, arXiv 2405.14430). 1: one after the other, exact. None: all
             stages at the same time, each one step behind the one before. See docs/pipelined.md.

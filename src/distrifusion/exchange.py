@@ -119,7 +119,7 @@ class Recall(Protocol):
             dim: of the rows.
 
         Returns:
-            For each strip of the patch both sides; None where the picture ends.
+            For each strip of the patch both sides; None where the picture ends, and where the patch has not been.
         """
         ...
 
