@@ -103,7 +103,6 @@ def blocks_on_ranks(comm: Any, name: str, settings: dict[str, Any], before: bool
         (3, "pixart", {"strategy": "displaced", "warmup_steps": 1}, True),
         (2, "pixart", {"strategy": "naive", "split": "cols"}, False),
         (2, "unet", {"strategy": "shifted", "warmup_steps": 1}, False),
-        (2, "pixart", {"strategy": "shifted", "warmup_steps": 1}, True),
         (2, "flux", {"strategy": "sync"}, False),
         (2, "sana", {"strategy": "sync"}, False),
         (2, "unet", {"strategy": "tensor"}, False),

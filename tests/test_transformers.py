@@ -117,7 +117,7 @@ def test_patches_that_move_and_remember_come_to_equal_one_device(name: str, worl
     arguments = MODELS[name].arguments(2, ROWS, COLS)
     truth = one_device(name, arguments)
     config = df.ParallelConfig(strategy="shifted", warmup_steps=0, split=split)
-    for results in on_ranks(name, world, config, arguments, 8 * world):
+    for results in on_ranks(name, world, config, arguments, 6 * world):
         assert distance(results[0], truth) > 1000 * EXACT  # nothing is known yet
         # Of sums over tokens, visits that overlap can only be taken in proportion: here no patches are equal.
         bound = 0.5 * distance(results[0], truth) if name == "sana" else EXACT
