@@ -60,9 +60,18 @@ class Levels:
         """Rows of each level that ``grain`` rows of the first one are; at least 1."""
         return tuple(max(grain // prod(self.strides[:level]), 1) for level in range(len(self.splits)))
 
-    def grain(self, overlap: int) -> int:
-        """Rows of the first level of which all borders of patches are multiples that move by `whole_rows`."""
-        return gcd(self.whole_rows, overlap)
+    def grain(self, *, by_patch: bool, overlap: int) -> int:
+        """Rows of the first level of which all borders are multiples, of patches that move by multiples of `whole_rows`
+        or, ``by_patch``, by `rows_of_a_patch`; their windows begin ``overlap`` rows before.
+        """
+        if not by_patch:
+            return gcd(self.whole_rows, overlap)
+        steps = self.rows_of_a_patch(self.whole_rows), self.rows_of_a_patch(self.unit)
+        return gcd(*steps, *self.splits[0].bounds, overlap)
+
+    def rows_of_a_patch(self, unit: int) -> int:
+        """Of the smallest one, by which it too comes by all rows, in multiples of ``unit``."""
+        return max(min(self.splits[0].sizes) // unit, 1) * unit
 
     @property
     def whole_rows(self) -> int:

@@ -133,7 +133,7 @@ def _synchronous(said: Traffic, own: Rank, ranks: Sequence[Rank], *, coded: bool
 
 def _noted(said: Traffic, anatomy: Anatomy, levels: Levels, config: ParallelConfig, batch: int) -> None:
     """What patches may come to stand beside, before they stand alone: collectives, all parts as long as the longest."""
-    grains = levels.grains(levels.grain(config.overlap))
+    grains = levels.grains(levels.grain(by_patch=config.moving == "patch", overlap=config.overlap))
     for seam in anatomy.seams:
         if not isinstance(seam, Conv) or not any(margins := seam.windows[config.split == "cols"].padding):
             continue

@@ -72,7 +72,9 @@ class Shifted:
             return Fresh(self._comm)
         if state.seen is None or state.seen.sizes != sizes_of(picture):
             # Measured rows are known after the synchronous steps: then borders may lie anywhere.
-            grain = picture.grain(self._config.overlap) if self._config.balance != MEASURED else 1
+            config = self._config
+            by_patch = config.moving == "patch"
+            grain = picture.grain(by_patch=by_patch, overlap=config.overlap) if config.balance != MEASURED else 1
             state.seen = Seen(picture, DIMS[self._config.split], grain)
         if step < 0:
             notes = Notes(self._comm, state.seen, picture)
@@ -95,21 +97,22 @@ class Shifted:
             return None
         if self._config.remember:  # rows of every level, so that what is remembered of them stays at its place
             unit = max(unit, picture.whole_rows)
-        return Moved(Split(split.bounds, split.is_ring, self._offset(step, split, unit)), overlap)
+        return Moved(Split(split.bounds, split.is_ring, self._offset(step, picture, unit)), overlap)
 
     def _step(self, state: State) -> int:
         """The number of the step after the synchronous ones; negative in these."""
         # By calls, which both halves of the ranks of cfg=2 count alike, whoever makes them.
         return state.num_calls - 1 - self._config.warmup_steps
 
-    def _offset(self, step: int, split: Split, unit: int) -> int:
+    def _offset(self, step: int, picture: Levels, unit: int) -> int:
         """Where the first patch begins, in rows."""
+        split = picture.splits[0]
         # A patch that remembers comes everywhere; else borders are where they were after its own length.
         num_rows = split.size if self._config.remember else split.size // split.num_patches
         num_places = max(num_rows // unit, 1)
         moving = self._config.moving
-        if moving == "patch":  # of patches of several sizes, the smallest: it too comes by all rows
-            return step * max(min(split.sizes) // unit, 1) * unit % split.size
+        if moving == "patch":
+            return step * picture.rows_of_a_patch(unit) % split.size
         if moving == "golden":
             return int(step * GOLDEN % 1 * num_places) * unit
         if moving == "random":
