@@ -78,29 +78,6 @@ class Exchange(Protocol):
         ...
 
 
-class Keeper(Protocol):
-    """What keeps the words of a synchronous step for steps that build on them."""
-
-    own: dict[str, Tensor]  # own moments, by name
-
-    def keep(
-        self,
-        key: str,
-        outgoing: Mapping[int, Tensor],
-        received: Mapping[int, Tensor],
-        *,
-        links: frozenset[tuple[int, int]],
-        weight: int,
-        kind: str = "",
-    ) -> None:
-        """What was received under ``key`` from each peer, and sent to each. See `Slots.keep`."""
-        ...
-
-    def keep_shared(self, key: str, own: Tensor, parts: list[Tensor], kind: str = "") -> None:
-        """What everyone said to everyone under ``key``: ``parts[rank]``, own part included."""
-        ...
-
-
 class Recall(Protocol):
     """What a patch that stands alone knows of rows where it was in earlier steps, and what it is told before that."""
 
@@ -123,10 +100,13 @@ class Recall(Protocol):
         """
         ...
 
-    def note(self, key: str, x: Tensor, level: int, margins: tuple[int, int], dim: int) -> None:
+    def note(
+        self, key: str, x: Tensor, level: int, margins: tuple[int, int], dim: int, *, is_whole: bool = False
+    ) -> None:
         """In the synchronous step before patches stand alone, each tells the others what they may come to stand beside.
 
-        All ranks call this under the same keys in the same order. Arguments as of `beside`.
+        All ranks call this under the same keys in the same order. Arguments as of `beside`; ``is_whole``: ``x`` has the
+        rows of the whole picture, as on every rank, and nothing travels.
         """
         ...
 
@@ -163,7 +143,7 @@ class Fresh(Named):
     sees_peers = True
 
     def __init__(
-        self, comm: Comm, slots: Keeper | None = None, *, keeps_moments: bool = True, wire: Wire | None = None
+        self, comm: Comm, slots: Slots | None = None, *, keeps_moments: bool = True, wire: Wire | None = None
     ) -> None:
         super().__init__()
         self._comm = comm
@@ -206,8 +186,7 @@ class Fresh(Named):
         travel = self._wire.all_gather(name, words, shapes, kind=kind)
 
         def shaped(parts: list[Tensor]) -> list[Sequence[Tensor]]:
-            if self._slots is not None:
-                self._slots.keep_shared(name, words, parts, kind=kind)
+            self._keep_shared(name, words, parts, kind)
             return [torch.split(part, widths, -1) for part in parts]
 
         return Arriving(travel, shaped)
@@ -215,11 +194,17 @@ class Fresh(Named):
     def moments(self, key: str, own: Tensor) -> Tensor:
         """See Exchange."""
         parts = self._comm.all_gather(own, [own.numel()] * self._comm.world, kind="moments").wait()
-        if self._slots is not None and self._keeps_moments:
-            name = self._name(key)
-            self._slots.keep_shared(name, own, parts, kind="moments")
-            self._slots.own[name] = own
+        if self._keeps_moments:
+            self._keep_shared(self._name(key), own, parts, "moments")
         return combine(parts)
+
+    def _keep_shared(self, name: str, own: Tensor, parts: list[Tensor], kind: str) -> None:
+        """Keep what everyone said to everyone, ``parts[rank]``, for steps that start from it."""
+        if self._slots is None:
+            return
+        self._slots.keep_shared(name, own, parts, kind=kind)
+        if kind == "moments":
+            self._slots.own[name] = own
 
     def finish(self) -> bool:
         """See Exchange."""

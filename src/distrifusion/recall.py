@@ -6,7 +6,7 @@ some steps old when it is elsewhere, as the peers' words are one step old under 
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from functools import lru_cache
 from math import prod
 
@@ -15,7 +15,7 @@ from torch import Tensor
 
 from .comm import Comm, Pending
 from .comm.base import Done
-from .exchange import Absent, Named, Sides, packed
+from .exchange import Absent, Fresh, Named, Sides, packed
 from .geometry import Levels, Span, Split, Visit, borders, near, newest
 from .moments import combine
 
@@ -36,7 +36,7 @@ class Seen:
         self._left: dict[int, tuple[tuple[Span, ...], ...]] = {}  # rows that were not seen again since, by level
         self._words: dict[tuple[str, int], Tensor] = {}
         self._borders: dict[str, Tensor] = {}  # by convolution, rows that may be next to a border
-        self._been: tuple[set[int], ...] = tuple(set() for _ in self.sizes)  # such rows of each level that were seen
+        self._been: dict[str, set[int]] = {}  # which of these rows were seen
         self._num_visits = 0
 
     def enter(self, *visits: Visit) -> tuple[int, ...]:
@@ -94,7 +94,7 @@ class Seen:
             shape = [*x.shape[:dim], len(kept), *x.shape[dim + 1 :]]
             with torch.inference_mode(False):  # written in whatever mode the caller's next step runs
                 self._borders[key] = torch.zeros(shape, dtype=x.dtype, device=x.device)
-        self._been[level].update(rows)
+        self._been.setdefault(key, set()).update(rows)
         places = tuple(map(kept.index, rows))
         self._borders[key].index_copy_(dim, indices(places, x.device), x)
 
@@ -106,7 +106,7 @@ class Seen:
     def near_border(self, key: str, rows: Span, level: int, margins: tuple[int, int], dim: int) -> Tensor | None:
         """``rows`` next to a border as they were last; None where the patch has not been."""
         wanted = tuple(row % self.sizes[level] for row in range(rows.start, rows.stop))
-        if not self._been[level].issuperset(wanted):
+        if not self._been[key].issuperset(wanted):
             return None
         places = tuple(map(self._kept(level, margins).index, wanted))
         return self._borders[key].index_select(dim, indices(places, self._borders[key].device))
@@ -134,35 +134,28 @@ class Seen:
         return grid.narrow(dim + self._dim - 1, span.start, len(span)).flatten(dim, dim + 2)
 
 
-class Notes(Named):
-    """A memory that listens to a synchronous step of all patches; see `exchange.Keeper` and `exchange.Recall`."""
+class Noting(Fresh):
+    """A synchronous step of all patches, to which a memory listens: what those that stand alone then start from."""
 
     def __init__(self, comm: Comm, seen: Seen, levels: Levels) -> None:
-        super().__init__()
-        self.own: dict[str, Tensor] = {}
-        self._comm, self._seen, self._levels = comm, seen, levels
+        super().__init__(comm)
+        self._seen, self._levels = seen, levels
+        self._noted = Named()  # a convolution's halo has a name of its own
         self._numbers = seen.enter(*(visit_of(levels, patch) for patch in range(levels.splits[0].num_patches)))
+        self.recall = self
 
-    def keep(
-        self,
-        key: str,
-        outgoing: Mapping[int, Tensor],
-        received: Mapping[int, Tensor],
-        *,
-        links: frozenset[tuple[int, int]],
-        weight: int,
-        kind: str = "",
-    ) -> None:
-        """Halos are those of this step's borders; see `note`."""
-
-    def keep_shared(self, key: str, own: Tensor, parts: list[Tensor], kind: str = "") -> None:
-        """See Keeper."""
+    def _keep_shared(self, name: str, own: Tensor, parts: list[Tensor], kind: str) -> None:
         for number, part in zip(self._numbers, parts, strict=True):
-            self._seen.keep(key, number, part.clone())
+            self._seen.keep(name, number, part.clone())
 
-    def note(self, key: str, x: Tensor, level: int, margins: tuple[int, int], dim: int) -> None:
+    def note(
+        self, key: str, x: Tensor, level: int, margins: tuple[int, int], dim: int, *, is_whole: bool = False
+    ) -> None:
         """See Recall."""
-        name, patches = self._name(key), self._levels.splits[level]
+        name, patches = self._noted._name(key), self._levels.splits[level]
+        if is_whole:
+            self._seen.note_borders(name, x, 0, level, margins, dim)
+            return
         rows = self._seen.border_rows(patches, level, margins)
         own = x.index_select(dim, indices(rows[self._comm.rank], x.device))
         shapes = [(*x.shape[:dim], len(each), *x.shape[dim + 1 :]) for each in rows]
@@ -196,7 +189,9 @@ class Recalled(Absent):
         self._num_rest = levels.splits[0].sizes[1]
         self.recall = self
 
-    def note(self, key: str, x: Tensor, level: int, margins: tuple[int, int], dim: int) -> None:
+    def note(
+        self, key: str, x: Tensor, level: int, margins: tuple[int, int], dim: int, *, is_whole: bool = False
+    ) -> None:
         """See Recall."""
         raise AssertionError(f"{key}: a patch that stands alone tells nobody")
 

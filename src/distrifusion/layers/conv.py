@@ -84,6 +84,8 @@ class PatchConv(HaloLayer):
         if frame.levels.strips:
             return self._alone(x, frame)
         outputs = frame.split(self.level_out)
+        if self.reads_whole:
+            self._note(frame, x)
         rows = rows_read(self, frame, x, reads_whole=self.reads_whole)
         if not len(outputs.span(frame.patch)):
             channels = x.shape[1] if isinstance(self.module, nn.AvgPool2d) else self.module.out_channels
@@ -113,10 +115,14 @@ class PatchConv(HaloLayer):
 
     def with_halo(self, frame: Frame, patch: Tensor) -> Tensor:
         """See HaloLayer."""
+        if not self.reads_whole:
+            self._note(frame, patch)
+        return super().with_halo(frame, patch)
+
+    def _note(self, frame: Frame, x: Tensor) -> None:
         pads = self.windows[frame.dim - 2].padding
         if frame.recall is not None and any(pads) and not torch.compiler.is_compiling():
-            frame.recall.note(self.key, patch, self.level, pads, frame.dim)
-        return super().with_halo(frame, patch)
+            frame.recall.note(self.key, x, self.level, pads, frame.dim, is_whole=self.reads_whole)
 
     def answer(self, tensors: list[Tensor], dim: int, question: int) -> Sequence[Tensor]:
         """See Layer."""

@@ -14,7 +14,7 @@ from ..errors import ConfigError
 from ..exchange import Absent, Exchange, Fresh
 from ..forms import MEASURED
 from ..geometry import Levels, Moved, Split, blend
-from ..recall import Notes, Recalled, Seen, indices, sizes_of
+from ..recall import Noting, Recalled, Seen, indices, sizes_of
 from .base import State
 from .cutting import DIMS
 
@@ -77,10 +77,7 @@ class Shifted:
             grain = picture.grain(by_patch=by_patch, overlap=config.overlap) if config.balance != MEASURED else 1
             state.seen = Seen(picture, DIMS[self._config.split], grain)
         if step < 0:
-            notes = Notes(self._comm, state.seen, picture)
-            fresh = Fresh(self._comm, notes)
-            fresh.recall = notes
-            return fresh
+            return Noting(self._comm, state.seen, picture)
         assert state.moved is not None, "patches stand alone after the synchronous steps"
         return Recalled(state.seen, picture.alone(state.moved.window(self._comm.rank)))
 
