@@ -13,6 +13,7 @@ from distrifusion.compare.perceptual import (
     LPIPS_ALEX,
     LPIPS_VGG,
     Lpips,
+    Remembering,
     _alexnet,
     _torchvision,
     _vgg16,
@@ -76,3 +77,39 @@ def test_equal_pictures_are_at_zero_and_more_noise_is_farther(metric: Lpips) -> 
     assert found[2] is not None
     assert 0.001 < found[1] < found[2]
     assert compute(one[:31], one[:31]) is None
+
+
+class Features(nn.Module):
+    """As lpips' networks: a tuple of tensors; 64 bytes of them."""
+
+    asked = 0
+
+    def forward(self, image: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        self.asked += 1
+        return image[:, :1] * 2, image[:, 1:2] * 3
+
+
+def test_features_of_references_are_computed_once_and_the_oldest_forgotten() -> None:
+    one, other, third = (torch.full((1, 2, 2, 4), float(value)) for value in range(3))
+    network = Features()
+    remembering = Remembering(network, limit=128)
+    for image in (one, other, one.clone()):
+        remembering.remember(image)
+        assert all(torch.equal(*pair) for pair in zip(remembering(image), Features()(image), strict=True))
+    assert network.asked == 2
+    remembering.remember(third)  # other goes, which was used longest ago
+    for image in (one, third):
+        remembering(image)
+    assert network.asked == 3
+    remembering(other)
+    assert network.asked == 4
+
+
+def test_a_reference_larger_than_the_limit_is_kept_alone() -> None:
+    network = Features()
+    remembering = Remembering(network, limit=1)
+    image = torch.zeros(1, 2, 2, 4)
+    for _ in range(2):
+        remembering.remember(image)
+    assert network.asked == 1
+    assert remembering(torch.ones(1, 2, 2, 4))[0].sum() == 16

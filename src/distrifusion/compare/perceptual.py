@@ -57,6 +57,7 @@ class Lpips:
             model = lpips.LPIPS(net=self.net, pnet_rand=True, verbose=False)
         convolutions = [module for module in model.net.modules() if isinstance(module, nn.Conv2d)]
         fill(convolutions, read_weights(path))
+        model.net = network = Remembering(model.net)
         model.eval().requires_grad_(False)
 
         def distance(picture: np.ndarray, reference: np.ndarray) -> float | None:
@@ -67,6 +68,7 @@ class Lpips:
                 for image in (picture, reference)
             )
             with torch.inference_mode():
+                network.remember(model.scaling_layer(other.float()))
                 return float(model(one.float(), other.float()))
 
         return distance
@@ -76,6 +78,39 @@ class Lpips:
         folders = list(spec.submodule_search_locations or []) if spec is not None else []
         paths = [Path(folder) / "weights" / self.weights for folder in folders]
         return next((path for path in paths if path.is_file()), None)
+
+
+class Remembering(nn.Module):
+    """A network that is asked about the same reference case after case, and computes its features once.
+
+    Args:
+        network: takes a tensor, gives a tuple of tensors.
+        limit: bytes of features that are kept; the newest reference's are in any case.
+    """
+
+    def __init__(self, network: nn.Module, limit: int = 512 * 2**20) -> None:
+        super().__init__()
+        self.network = network
+        self._limit = limit
+        self._known: list[tuple[torch.Tensor, Any]] = []  # inputs and features, newest last
+
+    def remember(self, reference: torch.Tensor) -> None:
+        """Keep the features of ``reference``; the oldest go where memory ends."""
+        entry = reference, self(reference)
+        self._known = [known for known in self._known if known[1] is not entry[1]] + [entry]
+        while len(self._known) > 1 and sum(_bytes(features) for _, features in self._known) > self._limit:
+            del self._known[0]
+
+    def forward(self, image: torch.Tensor) -> Any:
+        """The network's features of ``image``, from memory where it is a reference."""
+        for reference, features in self._known:
+            if torch.equal(reference, image):
+                return features
+        return self.network(image)
+
+
+def _bytes(features: tuple[torch.Tensor, ...]) -> int:
+    return sum(feature.nbytes for feature in features)
 
 
 LPIPS_ALEX = Lpips("lpips_alex", "LPIPS Alex", "alex", "alexnet.ckpt")
