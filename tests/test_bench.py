@@ -115,6 +115,12 @@ def test_steps_that_are_computed_at_once_are_timed_as_one(tiny: str, ranks: str)
     assert row["messages_per_step"] == timing.messages > 0
 
 
+def test_graphs_are_measured_beside_steps_that_run() -> None:
+    cases = cases_for(["sync", "pipelined"], [1, 2], 1, [None, "int8"], cuda_graphs=True)
+    assert [case.name for case in cases] == ["bare model", "sync", "sync", "sync int8", "pipelined", "sync graphs"]
+    assert (cases[-1].config.cuda_graphs, cases[-1].num_untimed - cases[2].num_untimed) == (True, 1)
+
+
 def test_a_balance_is_asked_of_every_case_of_several_ranks(tiny: str) -> None:
     cases = cases_for(["displaced", "naive"], [1, 2], 1, balance="measured")
     names = ["bare model", "displaced", "displaced balance measured", "naive balance measured"]
@@ -275,6 +281,7 @@ def test_sizes() -> None:
         (["--size", "16x64", "--world", "3"], "2 rows of latent cannot be split over 3 ranks"),
         (["--rounds", "0"], "--rounds 0 must be at least 1"),
         (["--dtype", "int8"], "--dtype 'int8' must be one of float32, bfloat16, float16"),
+        (["--cuda-graphs"], "cuda_graphs=True needs device='cuda', not 'cpu'"),
         (["--device", "tpu"], "device='tpu' must be one of 'cpu', 'cuda', 'xpu'"),
         (["--plot", "picture.pdf"], "--plot 'picture.pdf' must end in .png"),
         (["--trace", "nowhere/trace.json"], "--trace 'nowhere/trace.json': there is no folder 'nowhere'"),
@@ -358,7 +365,7 @@ def test_a_world_that_torchrun_has_not_started_is_refused_once(monkeypatch: pyte
     lists: dict[str, Any] = {
         name: [] for name in ("strategies", "codecs", "patches", "stage_ranks", "strides", "sizes")
     }
-    unset = dict.fromkeys(("context_window", "balance", "blocks", "height", "width", "plot", "trace"))
+    unset = dict.fromkeys(("context_window", "balance", "blocks", "height", "width", "plot", "trace", "cuda_graphs"))
     order = command.Order(**given, **lists, **unset, dtype="float32", device="cpu")
 
     def rank(comm: Comm) -> BaseException:

@@ -249,6 +249,7 @@ def test_requests() -> None:
     [
         ({"device": "tpu"}, "device='tpu' must be one of 'cpu', 'cuda', 'xpu'"),
         ({"device": "cuda:1"}, "device='cuda:1' must be one of"),
+        ({"config": ParallelConfig(cuda_graphs=True)}, "cuda_graphs=True needs device='cuda', not 'cpu'"),
         ({"nproc": 0}, "nproc=0 must be a whole number of at least 1"),
         ({"nproc": 3, "config": ParallelConfig(cfg=2)}, "a world of 3 does not fit cfg=2"),
         ({"dtype": "int8"}, "dtype='int8' must be one of"),

@@ -57,8 +57,10 @@ def test_commands_and_flags() -> None:
     }
     assert flags == {
         "bench": [
-            *("--balance", "--batch", "--blocks", "--codec", "--context-window", "--device", "--dtype", "--height"),
+            *("--balance", "--batch", "--blocks", "--codec", "--context-window", "--cuda-graphs", "--device"),
             *(
+                "--dtype",
+                "--height",
                 "--json",
                 "--model",
                 "--patch",
@@ -75,8 +77,8 @@ def test_commands_and_flags() -> None:
             ),
         ],
         "generate": [
-            *("--balance", "--blocks", "--cfg", "--codec", "--context-window", "--device", "--dtype", "--fps"),
-            *("--frames",),
+            *("--balance", "--blocks", "--cfg", "--codec", "--context-window", "--cuda-graphs", "--device", "--dtype"),
+            *("--fps", "--frames"),
             *("--group-norm", "--guidance-scale", "--height", "--json", "--max-memory", "--model"),
             *("--negative-prompt", "--nproc", "--output", "--overlap", "--panorama", "--patch", "--patches"),
             *("--pipe", "--remember", "--seed", "--shift", "--split", "--steps", "--strategy", "--stride"),

@@ -31,6 +31,7 @@ def test_the_defaults_are_the_papers() -> None:
         "max_memory": None,
         "stride": 1,
         "time_shift": False,
+        "cuda_graphs": False,
     }
 
 

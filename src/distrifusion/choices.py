@@ -22,8 +22,8 @@ DEVICES = ("cpu", "cuda", "xpu")
 DTYPES = {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32"}
 
 
-def check_device(device: str) -> None:
-    """Whether ``device`` is a kind of device.
+def check_device(device: str, *, cuda_graphs: bool = False) -> None:
+    """Whether ``device`` is a kind of device, and one that has ``cuda_graphs`` where they are asked for.
 
     Raises:
         ConfigError: it is not.
@@ -32,6 +32,8 @@ def check_device(device: str) -> None:
         raise ConfigError(
             f"device={device!r} must be one of {', '.join(map(repr, DEVICES))}: the rank picks its number"
         )
+    if cuda_graphs and device != "cuda":
+        raise ConfigError(f"cuda_graphs=True needs device='cuda', not {device!r}: leave one of them out")
 
 
 def check_size(found: Checkpoint, config: ParallelConfig, mesh: Mesh, height: int | None, width: int | None) -> None:

@@ -120,6 +120,9 @@ def generate(
     remember: Annotated[
         bool, typer.Option(help="Whether patches of shifted know the rest of the picture as they saw it last.")
     ] = _DEFAULT.remember,
+    cuda_graphs: Annotated[
+        bool, typer.Option("--cuda-graphs", help="On CUDA: record a step of sync, displaced or naive, and play it.")
+    ] = _DEFAULT.cuda_graphs,
     panorama: Annotated[
         bool, typer.Option("--panorama", help="360 degrees: left meets right. With a page to look around in.")
     ] = False,
@@ -184,6 +187,7 @@ def generate(
         shift=shift_choice(shift) if shift is not None else None,
         overlap=overlap,
         remember=remember,
+        cuda_graphs=cuda_graphs,
         max_memory=max_memory,
     )
     from . import commands

@@ -86,7 +86,7 @@ def generate(order: Order) -> Written:
         DistrifusionError: see `Engine`; nothing was written.
     """
     _check_outputs(order)
-    check_device(order.device)
+    check_device(order.device, cuda_graphs=order.config.cuda_graphs)
     world = num_workers(order.config, order.nproc, order.device)
     found = _check(order, world)  # before the engine starts processes
     _plan_memory(order, found, world)
@@ -108,7 +108,7 @@ def generate_joined(order: Order) -> Written | None:
     """
     from . import joined
 
-    check_device(order.device)
+    check_device(order.device, cuda_graphs=order.config.cuda_graphs)
     comm = joined.connect(order.device)
     with joined.one_voice(comm):
         said = {name: value for name, value in vars(order).items() if name not in ("config", "nproc", "output")}

@@ -30,6 +30,10 @@ UNCODED: dict[StrategyName, str] = {
 """Strategies for which ``codec`` and ``context_window`` do nothing, and why."""
 
 
+RECORDED = ("sync", "displaced", "naive")
+"""Strategies whose steps can be recorded."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class ParallelConfig:
     """How one denoising step is spread over the ranks. All arguments are keywords.
@@ -101,6 +105,8 @@ class ParallelConfig:
         time_shift: of ``pipelined`` without ``patches``: after ``warmup_steps``, stages are told the time of the step
             before the one that they compute for (as AsyncDiff's published code does it). For pictures that come out
             noisy; else leave it. See docs/pipelined.md.
+        cuda_graphs: of patches on CUDA devices: record a step once and play it from then on, message by message as
+            ever, which spares the host's part of small steps. See docs/compile.md.
 
     Raises:
         ConfigError: a value that is not one of these, printed with what would be right.
@@ -128,6 +134,7 @@ class ParallelConfig:
     max_memory: int | str | None = None
     stride: int = 1
     time_shift: bool = False
+    cuda_graphs: bool = False
 
     def __post_init__(self) -> None:
         one_of("strategy", self.strategy, BUILT)
@@ -143,6 +150,7 @@ class ParallelConfig:
         if self.strategy == "tensor":
             self._check_slices()
         self._check_stages()
+        self._check_graphs()
         if self.patches is not None and self.strategy != "pipelined":
             raise ConfigError(
                 f"patches={self.patches} goes with strategy='pipelined' only, not with {self.strategy!r}, where patch= "
@@ -247,6 +255,21 @@ class ParallelConfig:
         if self.pipe == 1:
             raise ConfigError("stride=2 takes two ranks for the last stage: pipe must be at least 2")
 
+    def _check_graphs(self) -> None:
+        """Refuse what cannot be recorded."""
+        if not isinstance(self.cuda_graphs, bool):
+            raise ConfigError(f"cuda_graphs={self.cuda_graphs!r} must be True or False")
+        if not self.cuda_graphs:
+            return
+        if self.strategy not in RECORDED:
+            raise ConfigError(
+                f"cuda_graphs=True is known for strategy={quoted(RECORDED)}, whose steps are alike, not for "
+                f"{self.strategy!r}; leave it out"
+            )
+        for name in ("codec", "max_memory"):
+            if getattr(self, name) is not None:
+                raise ConfigError(f"cuda_graphs=True does not go with {name}={getattr(self, name)!r}: leave one out")
+
     def _check_slices(self) -> None:
         """Refuse what is about patches where every rank has the whole picture."""
         if self.patch not in (None, 1):
@@ -324,6 +347,7 @@ _EXTRAS = (
     "blocks",
     "stride",
     "time_shift",
+    "cuda_graphs",
 )
 
 OF_STAGES = ("patches", "blocks", "stride", "time_shift")

@@ -94,7 +94,7 @@ class Engine:
         self._workers: Workers | None = None
         self._lock = threading.Lock()
         self.config = config if config is not None else ParallelConfig()
-        check_device(device)
+        check_device(device, cuda_graphs=self.config.cuda_graphs)
         self.nproc = num_workers(self.config, nproc, device)
         """Number of workers: the world."""
         self.mesh = Mesh.fit(self.config, self.nproc)

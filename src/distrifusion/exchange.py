@@ -272,9 +272,9 @@ class Stale(Named):
             return combine([own])
         if self._group_norm == "sync" or name not in self._slots:
             return self._fresh.moments(key, own)
-        before, own_before = self._slots.read(name), self._slots.own[name]
+        before = self._slots.read(name)
         self._slots.post_shared(name, own)
-        self._slots.own[name] = own
+        own_before = self._slots.swap_own(name, own)
         if self._group_norm == "stale":
             return combine(self._with_own(before, own))
         if self._group_norm == "carried":

@@ -45,6 +45,10 @@ def bench(
     ] = None,
     patch: StageRanks = None,
     stride: Strides = None,
+    cuda_graphs: Annotated[
+        bool,
+        typer.Option("--cuda-graphs", help="Of sync, displaced and naive, see generate: without it and with it."),
+    ] = False,
     size: Annotated[
         list[str] | None, typer.Option(help="Pixels as HEIGHTxWIDTH, or one number for both; may be given again.")
     ] = None,
@@ -77,6 +81,7 @@ def bench(
         blocks,
         patch or [],
         stride or [],
+        cuda_graphs,
         size or [],
         height,
         width,
@@ -107,6 +112,7 @@ class Order:
     blocks: str | None
     stage_ranks: list[int]
     strides: list[int]
+    cuda_graphs: bool
     sizes: list[str]
     height: int | None
     width: int | None
@@ -146,7 +152,7 @@ class Order:
         given = {"--patches": self.patches, "--patch": self.stage_ranks, "--stride": self.strides}
         check_stages(self.model, given)
         check_staged(strategies, given)
-        check_device(self.device)
+        check_device(self.device, cuda_graphs=self.cuda_graphs)
         worlds = sorted(set(self.worlds or default_worlds))
         return Plan(
             model=self.model,
@@ -163,6 +169,7 @@ class Order:
                 self.blocks,  # type: ignore[arg-type]
                 patch_choices(self.stage_ranks),
                 self.strides or [1],
+                self.cuda_graphs,
             ),
             rounds=self.rounds,
             steps=self.steps,

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from ..choices import stagings
-from ..config import UNCODED, Blocks, ParallelConfig, StrategyName
+from ..config import RECORDED, UNCODED, Blocks, ParallelConfig, StrategyName
 from ..errors import ConfigError
 from ..forms import MEASURED
 from ..geometry import Split
@@ -33,6 +33,7 @@ class Case:
     blocks: Blocks | None = None
     patch: int | None = None  # ranks of a stage; of other strategies, all that there are
     stride: int = 1
+    cuda_graphs: bool = False
 
     @property
     def name(self) -> str:
@@ -46,6 +47,7 @@ class Case:
         parts += [f"stride {self.stride}"] if self.stride > 1 else []
         parts += [f"{self.patches} patches"] if self.patches is not None else []
         parts += [f"blocks {self.blocks}"] if self.blocks is not None else []
+        parts += ["graphs"] if self.cuda_graphs else []
         return " ".join(filter(None, parts))
 
     @property
@@ -63,6 +65,7 @@ class Case:
             blocks=self.blocks,
             patch=self.patch,
             stride=self.stride,
+            cuda_graphs=self.cuda_graphs,
         )
 
     @property
@@ -75,9 +78,9 @@ class Case:
         """Steps before the timed ones: the synchronous ones, and the first displaced one, which allocates.
 
         Where patches stream, it is the one in which ranks learn their shapes; with a stride, the first two that are
-        computed at once.
+        computed at once. A step that is recorded comes after one that runs as it is.
         """
-        return self._warmup_steps + 1 + self.stride
+        return self._warmup_steps + 1 + self.stride + self.cuda_graphs
 
     @property
     def streams(self) -> bool:
@@ -151,12 +154,14 @@ def cases_for(
     blocks: Blocks | None = None,
     stage_ranks: Sequence[int | None] = (None,),
     strides: Sequence[int] = (1,),
+    cuda_graphs: bool = False,
 ) -> tuple[Case, ...]:
     """The bare model on one thread and on ``threads``, then every strategy on every world with every codec.
 
     One rank is one case, and so are strategies that send nothing that a codec could shorten. ``pipelined`` runs with
     all of ``patches``, ``stage_ranks`` and ``strides`` that go together (see `stagings`); where patches stream,
-    ``blocks`` goes with it, and ``balance`` does not.
+    ``blocks`` goes with it, and ``balance`` does not. With ``cuda_graphs``, cases of several ranks that can be recorded
+    run without and with.
 
     Raises:
         ConfigError: one of these that goes with none of the others.
@@ -180,6 +185,9 @@ def cases_for(
             cases += [
                 Case(strategy, world, codec=codec, context_window=context_window, balance=balance) for codec in codecs
             ]
+    if cuda_graphs:
+        able = [case for case in cases if case.world > 1 and case.strategy in RECORDED and case.codec is None]
+        cases += [replace(case, cuda_graphs=True) for case in able]
     return tuple(cases)
 
 

@@ -149,16 +149,28 @@ class _Chunk:
 class Slots:
     """The received words of one picture (and guidance branch) by name, and the chunks that carry them. See above.
 
-    Names of a kind in ``codecs`` travel as frames (see residual.py) from the first displaced step on.
+    Names of a kind in ``codecs`` travel as frames (see residual.py) from the first displaced step on. With
+    ``in_place``, the own words of a step lie where those of the step before did.
     """
 
-    def __init__(self, comm: Comm, codecs: Mapping[str, Codec] | None = None) -> None:
+    def __init__(self, comm: Comm, codecs: Mapping[str, Codec] | None = None, *, in_place: bool = False) -> None:
         self._comm = comm
         self._codecs = codecs or {}
+        self._in_place = in_place
         self._entries: dict[str, _Entry] = {}
         self._chunks: list[_Chunk] = []
-        self._due: _Chunk | None = None
+        self.due: _Chunk | None = None  # full, and to leave; whoever plays a recorded step says so here
         self.own: dict[str, Tensor] = {}  # own words of the step before, where the policy asks for them
+
+    def swap_own(self, key: str, words: Tensor) -> Tensor:
+        """The own words of the step before, in whose place ``words`` are from now on."""
+        before = self.own[key]
+        if not self._in_place:
+            self.own[key] = words
+            return before
+        result = before.clone()
+        before.copy_(words)
+        return result
 
     def __contains__(self, key: str) -> bool:
         return key in self._entries
@@ -247,11 +259,11 @@ class Slots:
     def _posted(self, chunk: _Chunk) -> None:
         chunk.num_posted += 1
         if chunk.is_full:
-            self._due = chunk
+            self.due = chunk
 
     def finish(self) -> bool:
         """End the step. False where a chunk was only partly written, and so will not leave."""
-        return not any(chunk.num_posted for chunk in self._chunks if chunk is not self._due)
+        return not any(chunk.num_posted for chunk in self._chunks if chunk is not self.due)
 
     def depart(self) -> None:
         """Let the last chunk leave: when the step's prediction has left, which the peers wait for, so it goes first."""
@@ -264,9 +276,9 @@ class Slots:
             chunk.arrive()
 
     def _launch_due(self) -> None:
-        if self._due is not None:
-            self._due.launch()
-            self._due = None
+        if self.due is not None:
+            self.due.launch()
+            self.due = None
 
     def _seal(self) -> None:
         entries = list(self._entries.values())

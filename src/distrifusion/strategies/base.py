@@ -12,6 +12,7 @@ from ..exchange import Exchange
 from ..geometry import Levels, Moved
 from ..recall import Seen
 from ..stream import Course
+from .graphs import Graphs
 
 
 @dataclass
@@ -27,6 +28,7 @@ class State:
     wire: Wire | None = None  # of synchronous values that travel as residuals
     stages: Stages | None = None  # of a model that is cut over its depth
     course: Course | None = None  # of patches that stream through the stages
+    graphs: Graphs | None = None  # of steps that are recorded
     time: Any = None  # that the last call was given, under ``time_shift``
     ahead: Any = None  # what a call has given for the next one too
     is_checked: bool = False  # whether the ranks have compared what they were given
@@ -42,7 +44,7 @@ class State:
     def forget(self, fresh: State) -> None:
         """Go on without the words of the step before, as ``fresh`` has none."""
         self.drain()
-        self.ahead = None
+        self.ahead = self.graphs = None
         self.slots, self.wire, self.stages, self.course = fresh.slots, fresh.wire, fresh.stages, fresh.course
 
     def depart(self) -> None:

@@ -25,6 +25,7 @@ from .condition import SharedCondition
 from .cost import Cost, Counting
 from .cutting import Cutting, check_model
 from .delivery import Delivery
+from .graphs import cut_comm
 from .guidance import Guidance
 from .holding import shares_model
 from .pairs import Pairs, Ran
@@ -81,14 +82,15 @@ class ParallelDenoiser:
         self._balance = balance if balance is not None else Balance(config, mesh, comm)
         self._feeders, self._conditions, self._notes = tuple(feeders), tuple(conditions), tuple(notes)
         self.budget = budget
-        strategy = strategy_for(config, guidance.patches, comm)
+        cut = cut_comm(config, guidance.patches)
+        strategy = strategy_for(config, cut or guidance.patches, comm)
         self._cutting = Cutting(table, config, mesh, comm.rank, self._balance, strategy)
         self._holder = FrameHolder()
         self._taken = TakenForward(table.model)
         self._compiling = Compiling(table.model, self._taken.own, wrapper)
         self._times = Times(timesteps)
         ranks, own = (mesh, comm, guidance, self._balance), (self._taken.own, self._compiling)
-        setting = Setting(table, config, *ranks, self._cutting, self._holder, *own, self._times)
+        setting = Setting(table, config, *ranks, self._cutting, self._holder, *own, self._times, cut)
         self._way = way_for(setting, strategy, budget)
         self._pictures = Pictures(strategy, timesteps)
         in_rows = strategy.name == "shifted" and config.latents == "rows" and mesh.size("patch") > 1 and table.gathers

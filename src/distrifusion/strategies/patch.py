@@ -49,7 +49,7 @@ class Displaced(Joined):
 
     def start(self) -> State:
         """See Strategy."""
-        return State(slots=Slots(self._comm, self._codecs))
+        return State(slots=Slots(self._comm, self._codecs, in_place=self._config.cuda_graphs))
 
     def policy(self, state: State) -> Exchange:
         """See Strategy."""

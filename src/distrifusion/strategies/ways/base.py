@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any, Protocol
 
 from ...comm import Comm
+from ...comm.cut import CutComm
 from ...config import ParallelConfig
 from ...footprint import weight_bytes
 from ...layers import FrameHolder, Layer
@@ -38,6 +39,7 @@ class Setting:
     model: Callable[..., Any]  # its own forward
     compiling: Compiling
     times: Times
+    cut: CutComm | None = None  # of the ranks that share a branch, where steps are recorded
 
     @property
     def is_spread(self) -> bool:

@@ -10,13 +10,14 @@ from torch import Tensor
 
 from ...exchange import Exchange
 from ...geometry import Split
-from ...layers import Layer
+from ...layers import Frame, Layer
 from ...metrics import Report
 from ...models import Call
 from ...planner.memory import Budget
 from ..base import State, Strategy
 from ..budget import Pretended, StepTrial, largest_patch, patch_layers
 from ..cutting import Cutting
+from ..graphs import Graphs
 from ..pairs import Ran
 from .base import Setting
 
@@ -79,10 +80,9 @@ class InPatches:
         if self._is_cut:
             own_call = table.localise(own_call, frame, fed=bool(feeders))
         setting.holder.frame = frame
-        forward = self._forward(exchange)
         with setting.balance.measuring():
             exchange.begin()
-            result = forward(**own_call.arguments)
+            result = self._result(exchange, own_call, frame, state)
             if self._is_cut:
                 result = table.finish(result, frame)
             own = table.fold(result[0], own_call, frame) if table.gathers else call.sample
@@ -91,6 +91,15 @@ class InPatches:
         report.patches, report.balance = picture.splits[0].sizes, setting.balance.origin(table.size(call))
         split, own = self._part(exchange, picture.splits[0], own, report)
         return Ran(result, own, split, cutting.moved, is_complete=is_complete)
+
+    def _result(self, exchange: Exchange, call: Call, frame: Frame, state: State) -> Any:
+        """What the model gives for this rank's part of a call."""
+        forward, cut = self._forward(exchange), self.setting.cut
+        if cut is None:
+            return forward(**call.arguments)
+        if state.graphs is None:
+            state.graphs = Graphs(cut)
+        return state.graphs.run(exchange.kind, forward, call, frame, state.slots)
 
     def _forward(self, exchange: Exchange) -> Callable[..., Any]:
         """What computes the step."""
