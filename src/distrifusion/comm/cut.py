@@ -63,7 +63,8 @@ class CutComm(BaseComm):
         self, own: Tensor, sizes: Sequence[int], *, kind: str, into: Tensor | None = None
     ) -> Pending[list[Tensor]]:
         """See `Comm.all_gather`."""
-        return _Launched(self, lambda: self._comm.all_gather(own, sizes, kind=kind, into=into), _put_parts)
+        rows = own.new_empty(self.world, max(sizes)) if into is None else into
+        return _Launched(self, lambda: self._comm.all_gather(own, sizes, kind=kind, into=rows), _put_parts)
 
     def route(self, layout: Layout, *, kind: str) -> Route:
         """See `Comm.route`. One whose memory is always the same."""
@@ -112,7 +113,7 @@ class _Launched(Generic[T]):
 
 def _put_parts(kept: list[Tensor], found: list[Tensor]) -> None:
     if any(one.data_ptr() != other.data_ptr() for one, other in zip(kept, found, strict=True)):
-        torch._foreach_copy_(kept, found)
+        torch._foreach_copy_(kept, [part.clone() for part in found])  # which may lie across each other
 
 
 class _CutRoute:
