@@ -5,7 +5,7 @@ import torch
 from torch import Tensor
 
 from distrifusion import moments
-from distrifusion.moments import CARRY, carry, combine, correct, measure
+from distrifusion.moments import CARRY, MOST, SWERVE, carry, combine, correct, measure
 
 
 def noise(*shape: int, seed: int = 0) -> Tensor:
@@ -153,33 +153,63 @@ def test_an_empty_patch_is_corrected_to_the_peers_moments() -> None:
 
 
 def test_carried_moments_of_a_held_input_are_exact() -> None:
-    own, peers = noise(3, 30), [noise(3, 50, seed=1) + 2, noise(3, 7, seed=2) * 3]
-    mean, var = carry(measure(own), measure(own), [measure(part) for part in peers])
-    wanted_mean, wanted_var = truth(torch.cat([own, *peers], 1))
+    own, peers = measure(noise(3, 30)), [measure(noise(3, 50, seed=1) + 2), measure(noise(3, 7, seed=2) * 3)]
+    wanted = truth(torch.cat([noise(3, 30), noise(3, 50, seed=1) + 2, noise(3, 7, seed=2) * 3], 1))
+    trail = own
+    for _ in range(3):
+        (mean, var), trail = carry(own, peers, trail)
+        assert close(mean, wanted[0])
+        assert close(var, wanted[1])
+
+
+def scaled(x: Tensor, factor: float, shift: float) -> Tensor:
+    centre = x.mean(1, keepdim=True)
+    return (x - centre) * factor + centre + shift
+
+
+@pytest.mark.parametrize(("factor", "shift"), [(0.7, 0.0), (1.3, 0.5), (0.9, -2.0)])
+def test_carried_moments_first_move_the_peers_as_the_own_patch_moved(factor: float, shift: float) -> None:
+    before, peers = noise(3, 40), [noise(3, 40, seed=1) * 1.5 + 1, noise(3, 20, seed=2) - 0.5]
+    now = scaled(before, factor, shift)
+    moved = [scaled(peer, factor**CARRY, CARRY * shift) for peer in peers]
+    (mean, var), trail = carry(measure(now), [measure(part) for part in peers], measure(before))
+    wanted_mean, wanted_var = truth(torch.cat([now, *moved], 1))
+    assert close(mean, wanted_mean)
+    assert close(var, wanted_var, 1e-4)  # SMALL beside variances of 1e-3
+    assert all(torch.equal(*pair) for pair in zip(trail, map(measure, (now, before, *peers)), strict=True))
+
+
+def test_carried_moments_go_on_as_they_went_and_swerve_with_the_own_patch() -> None:
+    """Peers that kept their pace, and did half of what the own patch did beside its own, are known exactly."""
+    own, peers = noise(3, 40), [noise(3, 40, seed=1) * 1.5 + 1, noise(3, 20, seed=2) - 0.5]
+    owns = [own, scaled(own, 0.9, 0.1), scaled(own, 0.9 * 0.8, 0.1 + 0.5)]  # the last: 0.4 more, and 0.8 / 0.9 as wide
+    paces = (0.95, -0.2), (1.1, 0.3)
+    befores = [scaled(peer, *pace) for peer, pace in zip(peers, paces, strict=True)]
+    nows = [
+        scaled(peer, pace[0] ** 2 * (0.8 / 0.9) ** SWERVE, 2 * pace[1] + SWERVE * 0.4)
+        for peer, pace in zip(peers, paces, strict=True)
+    ]
+    _, trail = carry(measure(owns[1]), [measure(peer) for peer in peers], measure(owns[0]))
+    (mean, var), _ = carry(measure(owns[2]), [measure(peer) for peer in befores], trail)
+    wanted_mean, wanted_var = truth(torch.cat([owns[2], *nows], 1))
+    assert close(mean, wanted_mean)
+    assert close(var, wanted_var, 1e-4)
+
+
+def test_carried_moments_stay_a_variance_where_the_paper_falls_back() -> None:
+    before, now, peers = noise(1, 50) * 3, noise(1, 50, seed=1) * 0.1, [measure(noise(1, 50, seed=2) * 0.1)]
+    (_, var), _ = carry(measure(now), peers, measure(before))
+    assert 0 < var.item() < 0.1
+    flat = measure(torch.zeros(1, 50))
+    (mean, var), _ = carry(flat, peers, flat)
+    wanted_mean, wanted_var = truth(torch.cat([torch.zeros(1, 50), noise(1, 50, seed=2) * 0.1], 1))
     assert close(mean, wanted_mean)
     assert close(var, wanted_var)
 
 
-@pytest.mark.parametrize(("factor", "shift"), [(0.7, 0.0), (1.3, 0.5), (0.05, -2.0)])
-def test_carried_moments_move_the_peers_as_the_own_patch_moved(factor: float, shift: float) -> None:
-    before, peers = noise(3, 40), [noise(3, 40, seed=1) * 1.5 + 1, noise(3, 20, seed=2) - 0.5]
-    centre = before.mean(1, keepdim=True)
-    now = (before - centre) * factor + centre + shift
-    moved = [
-        (peer - peer.mean(1, keepdim=True)) * factor**CARRY + peer.mean(1, keepdim=True) + CARRY * shift
-        for peer in peers
-    ]
-    mean, var = carry(measure(now), measure(before), [measure(part) for part in peers])
-    wanted_mean, wanted_var = truth(torch.cat([now, *moved], 1))
-    assert close(mean, wanted_mean)
-    assert close(var, wanted_var, 1e-4)  # SMALL beside variances of 1e-3
-
-
-def test_carried_moments_stay_a_variance_where_the_paper_falls_back() -> None:
-    before, now, peers = noise(1, 50) * 3, noise(1, 50, seed=1) * 0.1, [noise(1, 50, seed=2) * 0.1]
-    _, var = carry(measure(now), measure(before), [measure(part) for part in peers])
-    assert 0 < var.item() < 0.1
-    flat = torch.zeros(1, 50)
-    mean, var = carry(measure(flat), measure(flat), [measure(part) for part in peers])
-    assert close(mean, truth(torch.cat([flat, *peers], 1))[0])
-    assert close(var, truth(torch.cat([flat, *peers], 1))[1])
+def test_carried_variances_grow_to_twice_at_most() -> None:
+    """A patch that was of one colour, and is not, says nothing of how others grow."""
+    flat, now = torch.zeros(1, 50), noise(1, 50)
+    (_, var), _ = carry(measure(now), [measure(noise(1, 50, seed=2))], measure(flat))
+    wanted = truth(torch.cat([now, scaled(noise(1, 50, seed=2), MOST**0.5, 0.0)], 1))[1]
+    assert abs(var.item() / wanted.item() - 1) < 0.05  # the peer's mean moves a little too

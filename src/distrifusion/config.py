@@ -55,7 +55,7 @@ class ParallelConfig:
         warmup_steps: synchronous steps after the first one under ``displaced`` and ``pipelined`` (0: only the first is
             synchronous); synchronous steps at all under ``shifted``, whose first step needs no other.
         group_norm: statistics under ``displaced``: ``"corrected"`` (the paper's: all old, moved by the own change),
-            ``"carried"`` (the peers' patches taken to have changed much as the own one; nearer to one device),
+            ``"carried"`` (the peers' taken to go on as they went, and half as the own now does; nearer to one device),
             ``"stale"`` (peers' old, own fresh), ``"separate"`` (own only) or ``"sync"`` (exact, waits).
         codec: fewer bytes for what travels inside the denoiser, at some cost in quality, ``sync`` included: one of
             ``"fp16"``, ``"bf16"``, ``"int8"``, ``"int4"``, ``"int2"``, ``"1bit"`` for all seams, or a mapping such as

@@ -219,7 +219,7 @@ def uses_old_moments(group_norm: GroupNormMode) -> bool:
 class Stale(Named):
     """The own patch of this step, the peers' of the step before: DistriFusion. Sends leave in the background.
 
-    ``group_norm``: ``"corrected"`` (the paper's), ``"carried"`` (peers old, moved as the own moved), ``"stale"``
+    ``group_norm``: ``"corrected"`` (the paper's), ``"carried"`` (peers old, moved on), ``"stale"``
     (own fresh, peers old), ``"separate"`` (own only), ``"sync"`` (fresh everywhere: exact, and the wait).
     """
 
@@ -274,12 +274,16 @@ class Stale(Named):
             return self._fresh.moments(key, own)
         before = self._slots.read(name)
         self._slots.post_shared(name, own)
-        own_before = self._slots.swap_own(name, own)
         if self._group_norm == "stale":
             return combine(self._with_own(before, own))
         if self._group_norm == "carried":
-            return carry(own, own_before, list(before.values()))
-        return correct(own, own_before, self._with_own(before, own_before))
+            result, trail = carry(own, list(before.values()), self._slots.own[name])
+            self._slots.keep_own(name, trail)
+            return result
+        own_before = self._slots.own[name]
+        result = correct(own, own_before, self._with_own(before, own_before))
+        self._slots.keep_own(name, own)
+        return result
 
     def finish(self) -> bool:
         """See Exchange."""

@@ -75,23 +75,50 @@ def correct(own: Tensor, own_before: Tensor, before: Sequence[Tensor]) -> Tensor
 
 ROUNDED = 0.99  # of the least variance: where the other patches are of one colour, sums in float32 may lie below it
 CARRY = 0.75  # of the own change: that of other patches is alike, not equal
+SWERVE = 0.5  # of what is new in the own change, where the last change of the others is known
+MOST = 2.0  # times, that a variance is taken to grow or shrink in a step
 SMALL = 1e-6  # of variances, so that a patch of one colour has a ratio
 
 
-def carry(own: Tensor, own_before: Tensor, others_before: Sequence[Tensor]) -> Tensor:
-    """Mean and variance ``[2, K]``, with the peers' moments carried along by the change of the own patch.
+def carry(own: Tensor, others_before: Sequence[Tensor], trail: Tensor) -> tuple[Tensor, Tensor]:
+    """Mean and variance ``[2, K]``, with the peers' moments carried on from the step before; and the next ``trail``.
 
-    From step to step all patches lose noise together: what happened to the own mean and deviation since the step
-    before is likely to have happened to the others' (``others_before``, without the own). Their means move by `CARRY`
-    of the own mean's change, their variances by the ratio of the own ones to that power; then all combine as in a
-    synchronous step. Always a variance, so nothing falls back; exact where the input is held. Not of the paper.
+    From step to step all patches lose noise together, each in its way. So another patch's mean is taken to move on as
+    it moved last, and besides by `SWERVE` of what the own mean's change is more than its last one; logarithms of
+    variances likewise. Then all combine as in a synchronous step. Where only one step before is known, the others move
+    by `CARRY` of the own change. Always a variance, so nothing falls back; exact where the input is held. Not of the
+    paper.
+
+    Args:
+        own: the own patch's moments ``[1 + 2K]`` of this step.
+        others_before: the others', without the own, of the step before.
+        trail: what was known in the step before: the own moments of it, ``[1 + 2K]``, or what this returned then.
     """
-    now, was = _of(own), _of(own_before)
-    others = torch.stack(list(others_before))
-    means, variances = others[:, 1:].view(len(others), 2, -1).unbind(1)
-    means.add_(now[0] - was[0], alpha=CARRY)  # views of others
-    variances.mul_(((now[1] + SMALL) / (was[1] + SMALL)) ** CARRY)
-    return combine([own, *others])
+    others = torch.stack(list(others_before))  # [N - 1, 1 + 2K], new memory
+    was = trail if trail.ndim == 1 else trail[0]
+    following = torch.stack([own, was, *others])
+    changes = _change(own, was)
+    if trail.ndim == 1:
+        mean, log = (CARRY * change for change in changes)
+    else:
+        last, others_last = _change(was, trail[1]), _change(others, trail[2:])
+        mean, log = (on + SWERVE * (now - then) for on, now, then in zip(others_last, changes, last, strict=True))
+    means, variances = _both(others)  # views
+    means.add_(mean)
+    variances.mul_(log.exp().clamp(1 / MOST, MOST))
+    return combine([own, *others]), following
+
+
+def _change(now: Tensor, was: Tensor) -> tuple[Tensor, Tensor]:
+    """Of means, and of logarithms of variances, ``[..., K]`` from moments ``[..., 1 + 2K]``."""
+    (mean, var), (mean_before, var_before) = _both(now), _both(was)
+    return mean - mean_before, ((var + SMALL) / (var_before + SMALL)).log()
+
+
+def _both(packed: Tensor) -> tuple[Tensor, Tensor]:
+    """Means and variances ``[..., K]`` in moments ``[..., 1 + 2K]``, shared."""
+    mean, var = packed[..., 1:].view(*packed.shape[:-1], 2, -1).unbind(-2)
+    return mean, var
 
 
 def _of(packed: Tensor) -> Tensor:

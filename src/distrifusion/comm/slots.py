@@ -150,7 +150,7 @@ class Slots:
     """The received words of one picture (and guidance branch) by name, and the chunks that carry them. See above.
 
     Names of a kind in ``codecs`` travel as frames (see residual.py) from the first displaced step on. With
-    ``in_place``, the own words of a step lie where those of the step before did.
+    ``in_place``, what is kept of own words lies where it did in the step before.
     """
 
     def __init__(self, comm: Comm, codecs: Mapping[str, Codec] | None = None, *, in_place: bool = False) -> None:
@@ -160,17 +160,15 @@ class Slots:
         self._entries: dict[str, _Entry] = {}
         self._chunks: list[_Chunk] = []
         self.due: _Chunk | None = None  # full, and to leave; whoever plays a recorded step says so here
-        self.own: dict[str, Tensor] = {}  # own words of the step before, where the policy asks for them
+        self.own: dict[str, Tensor] = {}  # what the policy keeps of own words of steps before
 
-    def swap_own(self, key: str, words: Tensor) -> Tensor:
-        """The own words of the step before, in whose place ``words`` are from now on."""
+    def keep_own(self, key: str, words: Tensor) -> None:
+        """Put ``words`` in the place of ``own[key]``, which is read no more in this step."""
         before = self.own[key]
-        if not self._in_place:
+        if self._in_place and before.shape == words.shape:
+            before.copy_(words)
+        else:
             self.own[key] = words
-            return before
-        result = before.clone()
-        before.copy_(words)
-        return result
 
     def __contains__(self, key: str) -> bool:
         return key in self._entries
