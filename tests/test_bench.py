@@ -25,7 +25,6 @@ from distrifusion.cli import run
 from distrifusion.comm import Comm
 
 DISTRIFUSION = ["-m", "distrifusion", "bench"]
-TORCHRUN = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
 SHORT = ["--size", "64", "--rounds", "1", "--steps", "1"]
 
 
@@ -348,33 +347,36 @@ def test_alone_the_command_starts_its_ranks_and_writes_the_trace(tmp_path: Path)
     assert list(tmp_path.iterdir()) == [trace]
 
 
-def test_under_torchrun_the_given_ranks_join() -> None:
-    words = [*TORCHRUN, *DISTRIFUSION, *SHORT, "--strategy", "sync", "--json"]
-    done = subprocess.run([sys.executable, *words], capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0, done.stderr
-    assert done.stdout.count("\n") == 1  # rank 0 alone
-    rows = json.loads(done.stdout)["cases"]
-    assert [row["world"] for row in rows if row["strategy"]] == [1, 2]
-
-
-def test_a_world_that_torchrun_has_not_started_is_refused_once(monkeypatch: pytest.MonkeyPatch) -> None:
+def of_torchrun(monkeypatch: pytest.MonkeyPatch, **given: Any) -> list[Any]:
+    """What `command._joined` gives, or raises, on two ranks; test_cli.py starts torchrun itself."""
     mine = threading.local()
     monkeypatch.setattr(joined, "connect", lambda *_: mine.comm)
     monkeypatch.setattr(joined, "SPEAK", 0.0)
-    given: dict[str, Any] = {"model": "sdxl-mini", "worlds": [3], "batch": 1, "rounds": 1, "steps": 1}
     lists: dict[str, Any] = {
-        name: [] for name in ("strategies", "codecs", "patches", "stage_ranks", "strides", "sizes")
+        name: [] for name in ("worlds", "strategies", "codecs", "patches", "stage_ranks", "strides")
     }
     unset = dict.fromkeys(("context_window", "balance", "blocks", "height", "width", "plot", "trace", "cuda_graphs"))
-    order = command.Order(**given, **lists, **unset, dtype="float32", device="cpu")
+    short: dict[str, Any] = {"sizes": ["64"], "batch": 1, "rounds": 1, "steps": 1, "dtype": "float32", "device": "cpu"}
+    order = command.Order(**{**lists, **unset, **short, **given})
 
-    def rank(comm: Comm) -> BaseException:
+    def rank(comm: Comm) -> Any:
         mine.comm = comm
-        with pytest.raises((df.ConfigError, SystemExit)) as caught:
-            command._joined(order, quiet=True)
-        return caught.value
+        try:
+            return command._joined(order, quiet=True)
+        except (df.ConfigError, SystemExit) as failure:
+            return failure
 
-    first, second = df.run_ranks(2, rank)
+    return df.run_ranks(2, rank)
+
+
+def test_under_torchrun_the_given_ranks_join(tiny: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    first, second = of_torchrun(monkeypatch, model=tiny, strategies=["sync"])
+    assert second is None  # rank 0 alone speaks
+    assert [row["world"] for row in first.summary["cases"] if row["strategy"]] == [1, 2]
+
+
+def test_a_world_that_torchrun_has_not_started_is_refused_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    first, second = of_torchrun(monkeypatch, model="sdxl-mini", worlds=[3])
     assert str(first) == "--world 3 where torchrun has started 2 ranks: start more"
     assert isinstance(second, SystemExit)
 
