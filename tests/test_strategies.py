@@ -193,9 +193,7 @@ def test_a_displaced_step_sends_at_most_8_messages(world: int, rows: int) -> Non
         assert meters[1].messages["output"] == 1
 
 
-@pytest.mark.parametrize(
-    "settings", [{}, {"codec": "1bit"}, {"context_window": 0.5}, {"codec": "int8", "split": "cols"}]
-)
+@pytest.mark.parametrize("settings", [{}, {"codec": "1bit", "context_window": 0.5, "split": "cols"}])
 def test_messages_do_not_grow_with_the_number_of_layers(settings: dict[str, Any]) -> None:
     sample, arguments = latents("sd15", 1, 16, 16), conditioning("sd15")
     build("sd15")
