@@ -1,37 +1,15 @@
-"""What the user chooses. The configuration validates itself and does nothing else."""
+"""The configuration."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
-from typing import Literal, get_args
+from typing import get_args
 
-from .errors import ConfigError
-from .forms import MEASURED, SHIFTS, balance_text, codec_text, codecs_of, one_of, quoted, share, size_of, whole
-
-StrategyName = Literal["sync", "displaced", "naive", "shifted", "pipelined", "tensor"]
-SplitDim = Literal["rows", "cols", "frames"]
-GroupNormMode = Literal["corrected", "carried", "stale", "separate", "sync"]
-TextEncoders = Literal["once", "freed", "every"]
-
-Topology = Literal["plane", "ring-x", "torus"]
-Latents = Literal["rows", "whole"]
-Blocks = Literal["every", "freed"]
-
-BUILT: tuple[StrategyName, ...] = get_args(StrategyName)
-"""The strategies, in the order of tables."""
-
-UNCODED: dict[StrategyName, str] = {
-    "naive": "exchanges nothing inside the denoiser",
-    "shifted": "exchanges nothing inside the denoiser",
-    "pipelined": "sends outputs of blocks",
-    "tensor": "has no patches",
-}
-"""Strategies for which ``codec`` and ``context_window`` do nothing, and why."""
-
-
-RECORDED = ("sync", "displaced", "naive")
-"""Strategies whose steps can be recorded."""
+from ..errors import ConfigError
+from ..forms import MEASURED, balance_text, codec_text, codecs_of, one_of, share, size_of, whole
+from . import checks
+from .names import BUILT, EXTRAS, Blocks, GroupNormMode, Latents, SplitDim, StrategyName, TextEncoders, Topology
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -148,136 +126,22 @@ class ParallelConfig:
             if getattr(self, name) is not None:
                 whole(name, getattr(self, name), 1)
         if self.strategy == "tensor":
-            self._check_slices()
-        self._check_stages()
-        self._check_graphs()
-        if self.patches is not None and self.strategy != "pipelined":
-            raise ConfigError(
-                f"patches={self.patches} goes with strategy='pipelined' only, not with {self.strategy!r}, where patch= "
-                "is the number of ranks along the picture"
-            )
-        if self.blocks is not None:
-            one_of("blocks", self.blocks, get_args(Blocks))
-        if self.blocks == "freed" and self.patches is None:
-            raise ConfigError(
-                f"blocks={self.blocks!r} goes with strategy='pipelined' and patches only: without patches, each rank "
-                "computes the first steps with all blocks"
-            )
-        if self.patches is not None and self.balance is not None:
-            raise ConfigError(
-                f"balance={self.balance!r} does not go with patches={self.patches}, where stages follow the size of "
-                "the blocks: leave one of them out"
-            )
+            checks.check_slices(self)
+        checks.check_stages(self)
+        checks.check_graphs(self)
+        checks.check_streams(self)
         whole("warmup_steps", self.warmup_steps, 0)
         # As text it is hashable, and the same however it was given.
         object.__setattr__(self, "codec", codec_text(self.codec))
         share("context_window", self.context_window)
         object.__setattr__(self, "balance", balance_text(self.balance))
-        if self.balance == MEASURED and self.warmup_steps < 1:
-            raise ConfigError(
-                f"balance={MEASURED!r} with warmup_steps={self.warmup_steps} leaves no step to measure: "
-                "warmup_steps must be at least 1"
-            )
-        if self.strategy == "pipelined" and self.weights is not None and self.patch in (None, 1):
-            raise ConfigError(
-                f"balance={self.balance!r} are weights of patches, which strategy='pipelined' has not without patch=: "
-                f"leave it out, or choose {MEASURED!r}"
-            )
-        for name in ("codec", "context_window"):
-            why = UNCODED.get(self.strategy)
-            if why is not None and getattr(self, name) is not None:
-                raise ConfigError(
-                    f"{name}={getattr(self, name)!r} does nothing under strategy={self.strategy!r}, which {why}; "
-                    "leave it out"
-                )
+        checks.check_balance(self)
+        checks.check_coded(self)
         object.__setattr__(self, "max_memory", size_of("max_memory", self.max_memory))
         one_of("topology", self.topology, get_args(Topology))
         one_of("latents", self.latents, get_args(Latents))
-        if self.topology != "plane" and self.strategy in ("pipelined", "tensor"):
-            raise ConfigError(
-                f"topology={self.topology!r} is known for patches and for one device, not for "
-                f"strategy={self.strategy!r}"
-            )
-        if self.shift is not None and (
-            isinstance(self.shift, bool)
-            or not (self.shift in SHIFTS or isinstance(self.shift, int))
-            or (isinstance(self.shift, int) and self.shift < 0)
-        ):
-            raise ConfigError(f"shift={self.shift!r} must be one of {quoted(SHIFTS)}, or a number of rows")
-        whole("shift_seed", self.shift_seed, 0)
-        whole("overlap", self.overlap, 0)
-        if not isinstance(self.remember, bool):
-            raise ConfigError(f"remember={self.remember!r} must be True or False")
-        if self.strategy == "shifted" and self.split == "frames":
-            raise ConfigError("split='frames' is not for strategy='shifted', whose borders move over a picture")
-        if self.strategy != "shifted":
-            for field in fields(self):
-                value = getattr(self, field.name)
-                if field.name in _OF_SHIFTED and value != field.default:
-                    raise ConfigError(
-                        f"{field.name}={value!r} does nothing under strategy={self.strategy!r}, only under 'shifted'; "
-                        "leave it out"
-                    )
-
-    def _check_stages(self) -> None:
-        """Refuse what does not go with a model that is cut over its depth."""
-        if self.strategy == "pipelined" and self.patches is not None and self.patch not in (None, 1):
-            raise ConfigError(
-                f"patch={self.patch} does not go with patches={self.patches}, which stream through stages of one rank "
-                "each: leave one of them out"
-            )
-        whole("stride", self.stride, 1)
-        if self.stride > 2:
-            raise ConfigError(f"stride={self.stride} must be 1 or 2")
-        if not isinstance(self.time_shift, bool):
-            raise ConfigError(f"time_shift={self.time_shift!r} must be True or False")
-        asked = ("pipe", self.pipe or 1, 1), ("stride", self.stride, 1), ("time_shift", self.time_shift, False)
-        for name, value, plain in asked:
-            if self.strategy != "pipelined" and value != plain:
-                raise ConfigError(
-                    f"{name}={value} goes with strategy='pipelined' only, not with {self.strategy!r}; leave it out"
-                )
-        if self.time_shift and self.patches is not None:
-            raise ConfigError(
-                f"time_shift=True does not go with patches={self.patches}, which stream through stages that are all at "
-                "one time step: leave one of them out"
-            )
-        if self.time_shift and self.pipe == 1:
-            raise ConfigError("time_shift=True is about stages of several time steps: pipe must be at least 2")
-        if self.stride == 1:
-            return
-        for name in ("patch", "patches"):
-            if getattr(self, name) not in (None, 1) or (name == "patches" and self.patches is not None):
-                raise ConfigError(
-                    f"stride={self.stride} does not go with {name}={getattr(self, name)}: it is for stages of one rank "
-                    "each, which compute the whole picture; leave one of them out"
-                )
-        if self.pipe == 1:
-            raise ConfigError("stride=2 takes two ranks for the last stage: pipe must be at least 2")
-
-    def _check_graphs(self) -> None:
-        """Refuse what cannot be recorded."""
-        if not isinstance(self.cuda_graphs, bool):
-            raise ConfigError(f"cuda_graphs={self.cuda_graphs!r} must be True or False")
-        if not self.cuda_graphs:
-            return
-        if self.strategy not in RECORDED:
-            raise ConfigError(
-                f"cuda_graphs=True is known for strategy={quoted(RECORDED)}, whose steps are alike, not for "
-                f"{self.strategy!r}; leave it out"
-            )
-        for name in ("codec", "max_memory"):
-            if getattr(self, name) is not None:
-                raise ConfigError(f"cuda_graphs=True does not go with {name}={getattr(self, name)!r}: leave one out")
-
-    def _check_slices(self) -> None:
-        """Refuse what is about patches where every rank has the whole picture."""
-        if self.patch not in (None, 1):
-            raise ConfigError(f"patch={self.patch} does not go with strategy='tensor', whose ranks share the weights")
-        if self.balance is not None:
-            raise ConfigError(
-                f"balance={self.balance!r} is about rows and stages, which strategy='tensor' has not; leave it out"
-            )
+        checks.check_topology(self)
+        checks.check_shifted(self)
 
     @property
     def keeps_words(self) -> bool:
@@ -313,7 +177,7 @@ class ParallelConfig:
     @property
     def extras(self) -> list[str]:
         """What was asked of the patches beyond the strategy, as ``name=value``."""
-        extras = [field for field in fields(self) if field.name in _EXTRAS]
+        extras = [field for field in fields(self) if field.name in EXTRAS]
         given = [f"{field.name}={value}" for field in extras if (value := getattr(self, field.name)) != field.default]
         return [f"shift={self.moving}", *given] if self.strategy == "shifted" else given
 
@@ -331,24 +195,3 @@ class ParallelConfig:
         shared = [f"text_encoders={self.text_encoders}"] if self.text_encoders != "once" else []
         shared += [f"max_memory={self.max_memory}"] if self.max_memory is not None else []
         return " ".join(facts + self.extras + shared)
-
-
-_OF_SHIFTED = ("shift", "shift_seed", "overlap", "latents", "remember")
-_EXTRAS = (
-    "codec",
-    "context_window",
-    "balance",
-    "topology",
-    "shift_seed",
-    "overlap",
-    "latents",
-    "remember",
-    "patches",
-    "blocks",
-    "stride",
-    "time_shift",
-    "cuda_graphs",
-)
-
-OF_STAGES = ("patches", "blocks", "stride", "time_shift")
-"""Settings that do nothing where the model is one stage."""
