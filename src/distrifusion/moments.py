@@ -103,7 +103,7 @@ def carry(own: Tensor, others_before: Sequence[Tensor], trail: Tensor) -> tuple[
     else:
         last, others_last = _change(was, trail[1]), _change(others, trail[2:])
         mean, log = (on + SWERVE * (now - then) for on, now, then in zip(others_last, changes, last, strict=True))
-    means, variances = _both(others)  # views
+    means, variances = _of(others).unbind(1)  # views
     means.add_(mean)
     variances.mul_(log.exp().clamp(1 / MOST, MOST))
     return combine([own, *others]), following
@@ -111,16 +111,10 @@ def carry(own: Tensor, others_before: Sequence[Tensor], trail: Tensor) -> tuple[
 
 def _change(now: Tensor, was: Tensor) -> tuple[Tensor, Tensor]:
     """Of means, and of logarithms of variances, ``[..., K]`` from moments ``[..., 1 + 2K]``."""
-    (mean, var), (mean_before, var_before) = _both(now), _both(was)
+    (mean, var), (mean_before, var_before) = _of(now).unbind(-2), _of(was).unbind(-2)
     return mean - mean_before, ((var + SMALL) / (var_before + SMALL)).log()
 
 
-def _both(packed: Tensor) -> tuple[Tensor, Tensor]:
-    """Means and variances ``[..., K]`` in moments ``[..., 1 + 2K]``, shared."""
-    mean, var = packed[..., 1:].view(*packed.shape[:-1], 2, -1).unbind(-2)
-    return mean, var
-
-
 def _of(packed: Tensor) -> Tensor:
-    """The means and variances ``[2, K]`` in moments ``[1 + 2K]``, shared."""
-    return packed[1:].view(2, -1)
+    """The means and variances ``[..., 2, K]`` in moments ``[..., 1 + 2K]``, shared."""
+    return packed[..., 1:].view(*packed.shape[:-1], 2, -1)

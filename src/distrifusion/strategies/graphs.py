@@ -39,13 +39,13 @@ class _Inputs:
     def __init__(self, leaves: list[Any], spec: Any) -> None:
         self.spec = spec
         self.leaves = [leaf.clone() if isinstance(leaf, Tensor) else leaf for leaf in leaves]
-        self._kinds = list(map(_kind, leaves))
+        self._signature = list(map(_kind, leaves))
         self._marks = [_mark(leaf) for leaf in leaves]
         self._held = list(leaves)  # so that no other tensor comes to lie where one of these did
 
     def fits(self, leaves: list[Any], spec: Any) -> bool:
         """Whether these arguments differ in values of tensors only."""
-        return bool(self.spec == spec) and self._kinds == list(map(_kind, leaves))
+        return bool(self.spec == spec) and self._signature == list(map(_kind, leaves))
 
     def fill(self, leaves: list[Any]) -> None:
         """Take the values of a step; tensors that are as they were are not copied."""
@@ -77,10 +77,11 @@ class Graphs:
 
     Args:
         comm: through which the step's policy talks.
+        name: of the model's class, for errors.
     """
 
-    def __init__(self, comm: CutComm) -> None:
-        self._comm = comm
+    def __init__(self, comm: CutComm, name: str) -> None:
+        self._comm, self._name = comm, name
         # Memory for all kinds: they are never played at once, and what one leaves to another is held by name.
         self._recorder: Recorder = RECORDERS[comm.device.type](comm.device)
         self._inputs: list[_Inputs] = []
@@ -143,7 +144,9 @@ class Graphs:
             raise
         except RuntimeError as failure:  # torch's, of a capture that something has made invalid
             why = (str(failure).splitlines() or [type(failure).__name__])[0]
-            raise UnsupportedModel(f"cuda_graphs=True: this model cannot be recorded ({why})") from failure
+            raise UnsupportedModel(
+                f"cuda_graphs=True: {self._name} cannot be recorded ({why}); leave it out"
+            ) from failure
         return _Recorded(tape, result, frame.ragged, slots.due if slots is not None else None)
 
 

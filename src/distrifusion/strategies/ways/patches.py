@@ -98,7 +98,7 @@ class InPatches:
         if cut is None:
             return forward(**call.arguments)
         if state.graphs is None:
-            state.graphs = Graphs(cut)
+            state.graphs = Graphs(cut, type(self.setting.table.model).__name__)
         return state.graphs.run(exchange.kind, forward, call, frame, state.slots)
 
     def _forward(self, exchange: Exchange) -> Callable[..., Any]:
