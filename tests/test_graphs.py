@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import os
 from dataclasses import replace
+from functools import partial
+from itertools import count
 from typing import Any
 
 import diffusers
@@ -16,10 +18,12 @@ from torch import Tensor, nn
 
 import distrifusion as df
 from distrifusion.comm import Comm
+from distrifusion.comm.stopwatch import HostStopwatch
 from distrifusion.comm.tape import RECORDERS, CudaRecorder, Tape
 from models import build, conditioning, distance, latents
 from pipelines import NUMPY_WARNINGS, controlnet, picture, sample, sd, sdxl
 from playing import PlayedRecorder
+from test_balance import rows_by_step
 from transformers_cross import CROSS
 from transformers_joint import JOINT
 from transformers_tiny import build as build_transformer
@@ -142,9 +146,18 @@ def test_rows_that_change_are_recorded_anew() -> None:
     """``balance="measured"`` moves them once; what was recorded is about others."""
     config = df.ParallelConfig(strategy="sync", balance="measured", warmup_steps=4, cuda_graphs=True)
     calls = unet_calls(9, size=(16, 8))
-    model = build(UNET)
-    wanted = [model(**call)[0] for call in calls]
-    for found, _ in predictions(lambda: build(UNET), config, [calls], 2):
+    plain = build(UNET)
+    wanted = [plain(**call)[0] for call in calls]
+
+    def rank(comm: Comm) -> tuple[list[Tensor], list[tuple[int, ...]]]:
+        model = df.parallelize(build(UNET), config, comm)
+        ticks = count(step=(1.0, 3.0)[comm.rank])  # played steps pass no hook: a rank's time goes on when it is asked
+        model._distrifusion._balance.watch = HostStopwatch(lambda: next(ticks))
+        return rows_by_step(model, [partial(lambda call: model(**call)[0], call) for call in calls])
+
+    for found, rows in df.run_ranks(2, rank):
+        assert rows[0] == (8, 8) != rows[-1]
+        assert len(set(rows)) == 2
         assert max(distance(one, other) for one, other in zip(found, wanted, strict=True)) <= 1e-5
 
 
