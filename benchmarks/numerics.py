@@ -10,7 +10,7 @@ from torch import Tensor
 
 import distrifusion as df
 from distrifusion.comm import Comm
-from distrifusion.moments import combine, correct, measure
+from distrifusion.moments import Shares, combine, correct, measure
 
 
 def model() -> UNet2DConditionModel:
@@ -112,7 +112,8 @@ def group_norm() -> None:
     print("\nThe correction in means and variances, then the formula as printed, against float64; mean / deviation 30:")
     before = [torch.randn(32, 640) + 30 for _ in range(3)]
     now = before[0] + 0.1 * torch.randn(32, 640) + 0.05
-    _, var = correct(measure(now), measure(before[0]), [measure(p) for p in before])
+    own, *others = (measure(p) for p in before)
+    _, var = correct(measure(now), own, others, Shares.of(own, others))
 
     def printed(dtype: torch.dtype) -> Tensor:
         e = [[(p.to(dtype) ** k).mean(1) for k in (1, 2)] for p in before]

@@ -5,7 +5,7 @@ import torch
 from torch import Tensor
 
 from distrifusion import moments
-from distrifusion.moments import CARRY, MOST, SWERVE, carry, combine, correct, measure
+from distrifusion.moments import CARRY, MOST, SWERVE, Shares, carry, combine, correct, measure
 
 
 def noise(*shape: int, seed: int = 0) -> Tensor:
@@ -89,7 +89,8 @@ def paper(now: Tensor, before: Tensor, before_all: Tensor) -> tuple[Tensor, Tens
 
 
 def corrected(now: Tensor, before: Tensor, peers: list[Tensor]) -> tuple[Tensor, Tensor]:
-    return correct(measure(now), measure(before), [measure(part) for part in [before, *peers]])
+    own, others = measure(before), [measure(part) for part in peers]
+    return correct(measure(now), own, others, Shares.of(own, others))
 
 
 @pytest.mark.parametrize("shift", [0.0, 5.0])
@@ -97,7 +98,7 @@ def corrected(now: Tensor, before: Tensor, peers: list[Tensor]) -> tuple[Tensor,
 def test_the_correction_is_the_papers(drift: float, shift: float) -> None:
     before = noise(3, 40) + shift
     now = before + drift * noise(3, 40, seed=1)
-    peers = [noise(3, 40, seed=2) * 1.5 + shift, noise(3, 20, seed=3) - 0.5]
+    peers = [noise(3, 40, seed=2) * 1.5 + shift, torch.empty(3, 0), noise(3, 20, seed=3) - 0.5]
     mean, var = corrected(now, before, peers)
     wanted_mean, wanted_var = paper(now, before, torch.cat([before, *peers], 1))
     assert close(mean, wanted_mean)

@@ -55,6 +55,7 @@ def test_rates(slow_link: ModuleType, text: str, bits: int) -> None:
 def test_the_bucket_holds_four_milliseconds_or_some_packets(slow_link: ModuleType) -> None:
     assert slow_link.bucket(1_000_000_000) == ["tbf", "rate", "1000000000bit", "burst", "500000b", "latency", "50ms"]
     assert slow_link.bucket(1_000_000)[4] == "16000b"
+    assert [slow_link.largest(bits) for bits in (1_000_000_000, 20_000_000, 1_000_000)] == [65_536, 8_000, 8_000]
 
 
 def test_arguments(slow_link: ModuleType) -> None:
@@ -143,11 +144,13 @@ def links() -> None:
 @pytest.mark.parametrize("world", ["2", "3"])
 def test_each_rank_has_its_end_of_a_link_of_that_rate(links: None, world: str) -> None:
     look = 'echo "$RANK of $WORLD_SIZE"; ls /sys/class/net | sort | xargs; ip -br -4 address show dev link0; '
+    look += "ip -d link show dev link0 | grep -o 'gso_max_size [0-9]*'; "
     done = call("--rate", "20mbit", "--nproc", world, "--", "sh", "-c", look + "tc qdisc show dev link0")
     assert (done.returncode, done.stderr) == (0, "")
-    rank, devices, address, qdisc = done.stdout.splitlines()
+    rank, devices, address, size, qdisc = done.stdout.splitlines()
     assert (rank, devices) == (f"0 of {world}", "link0 lo")
     assert "10.213.0.1/24" in address
+    assert size == "gso_max_size 8000"
     assert "tbf" in qdisc
     assert "rate 20Mbit burst 16000b" in qdisc
 

@@ -9,6 +9,7 @@ few groups, so what counts here is the number of operations, not their size.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -34,9 +35,9 @@ CHUNK = 1 << 20  # elements whose deviations are held at a time, where the CPU c
 def _two_passes(groups: Tensor) -> tuple[Tensor, Tensor]:
     """Means and variances of ``groups``. torch's own var_mean is several times slower on a CPU."""
     values = groups.float()
-    mean = values.mean(dim=1)
-    deviations = values - mean[:, None]
-    return mean, deviations.square_().sum(dim=1).div_(groups.shape[1])  # in place: half the memory to go through
+    mean = values.mean(dim=1, keepdim=True)
+    deviations = values - mean
+    return mean.view(-1), deviations.square_().mean(dim=1)  # in place: half the memory to go through
 
 
 def combine(parts: Sequence[Tensor]) -> Tensor:
@@ -44,33 +45,53 @@ def combine(parts: Sequence[Tensor]) -> Tensor:
     if len(parts) == 1:
         return _of(parts[0])
     packed = torch.stack(list(parts))
-    counts, values = packed[:, :1], packed[:, 1:].view(len(parts), 2, -1)
-    shares = (counts / counts.sum())[:, :, None]  # [ranks, 1, 1]
-    combined = (shares * values).sum(0)
-    deviations = values[:, 0] - combined[0]
-    combined[1] += (shares[:, 0] * deviations * deviations).sum(0)
-    return combined
+    num_groups = packed.shape[1] // 2
+    counts, means, variances = packed.split([1, num_groups, num_groups], dim=1)  # [ranks, 1], [ranks, K] twice
+    shares = counts / counts.sum()
+    mean = (shares * means).sum(0)
+    deviations = means - mean
+    return torch.stack([mean, (shares * torch.addcmul(variances, deviations, deviations)).sum(0)])
 
 
-def correct(own: Tensor, own_before: Tensor, before: Sequence[Tensor]) -> Tensor:
+class Shares(NamedTuple):
+    """Of all elements, how many are behind each patch's moments: the same in every step of one layout."""
+
+    others: Tensor  # [ranks - 1, 1], in order of rank
+    least: Tensor  # scalar: of the own patch, less what may be rounding. See `correct`
+
+    @classmethod
+    def of(cls, own: Tensor, others: Sequence[Tensor]) -> Shares:
+        """Read off moments ``[1 + 2K]``."""
+        counts = torch.stack([part[0] for part in (own, *others)])
+        shares = counts / counts.sum()
+        return cls(shares[1:, None], ROUNDED * shares[0])
+
+
+def correct(own: Tensor, own_before: Tensor, others_before: Sequence[Tensor], shares: Shares) -> Tensor:
     """DistriFusion's corrected asynchronous group norm (arXiv 2402.19481, section 4): mean and variance ``[2, K]``.
 
-    The global moments of the step before (``before``, all patches), moved by the change of the own patch since then:
+    The global moments of the step before (of ``own_before`` and ``others_before``), moved by the change of the own
+    patch since then:
     M[x^k] = mean_j E_j[x^k]' + (E_i[x^k] - E_i[x^k]'), var = M[x^2] - M[x]^2, and the patch's own variance where that
-    cannot be. Written with means and variances the squares of the means cancel by hand, not in float32:
-    var = var_i + (var' - var_i') + 2 (mean' - mean_i') (mean_i' - mean_i).
+    cannot be. Written with what others are ahead of the own patch, d_j = mean_j' - mean_i', the squares of the means
+    cancel by hand, not in float32: mean = mean_i + sum_j s_j d_j,
+    var = var_i + sum_j s_j (var_j' - var_i' + d_j^2) - (sum_j s_j d_j)^2 + 2 (sum_j s_j d_j) (mean_i' - mean_i).
 
     In the paper a variance cannot be negative. It cannot be below what the own patch alone adds to it either,
     n_i / n (var_i + (mean_i - mean)^2): divided by the root of less, the patch would be blown up.
     """
-    now, was = _of(own), _of(own_before)
-    ahead = combine(before) - was  # of the whole picture over the own patch, in the step before
+    now, was = own[1:], own_before[1:]  # [2K]
+    apart = torch.stack(list(others_before))[:, 1:] - was  # [ranks - 1, 2K]
+    weighted = shares.others * apart
+    ahead = weighted.sum(0)
+    between = (weighted.chunk(2, 1)[0] * apart.chunk(2, 1)[0]).sum(0)  # [K]
+    (now_mean, now_var), (ahead_mean, ahead_var) = now.chunk(2), ahead.chunk(2)
+    ahead_var.add_(between).addcmul_(ahead_mean, ahead_mean, value=-1)
     moved = now + ahead
-    corrected = torch.addcmul(moved[1], ahead[0], was[0] - now[0], value=2)
-    share = own[0] / torch.stack([part[0] for part in before]).sum()
-    least = ROUNDED * share * torch.addcmul(now[1], ahead[0], ahead[0])
-    moved[1] = torch.where(corrected < least, now[1], corrected)
-    return moved
+    mean, var = moved.chunk(2)
+    corrected = torch.addcmul(var, ahead_mean, was.chunk(2)[0] - now_mean, value=2)
+    least = torch.addcmul(now_var, ahead_mean, ahead_mean).mul_(shares.least)
+    return torch.stack([mean, torch.where(corrected < least, now_var, corrected)])
 
 
 ROUNDED = 0.99  # of the least variance: where the other patches are of one colour, sums in float32 may lie below it

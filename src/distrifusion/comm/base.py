@@ -151,7 +151,7 @@ def _sum(parts: Sequence[Tensor]) -> Tensor:
 
 def as_bytes(tensor: Tensor) -> Tensor:
     """The memory of a contiguous tensor as ``[num_bytes]`` of uint8, shared: so every dtype travels."""
-    return tensor.detach().view(-1).view(torch.uint8)
+    return (tensor.detach() if tensor.requires_grad else tensor).view(-1).view(torch.uint8)
 
 
 def default_timeout(otherwise: float) -> float:

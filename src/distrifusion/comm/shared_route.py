@@ -153,7 +153,7 @@ def _create(path: Path, size: int) -> mmap.mmap:
     file = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o600)
     try:
         os.posix_fallocate(file, 0, size)  # all of it now, or the kernel kills whoever finds no room for a page
-        return mmap.mmap(file, size)
+        return _mapped(file, size)
     finally:
         os.close(file)
 
@@ -161,6 +161,11 @@ def _create(path: Path, size: int) -> mmap.mmap:
 def _open(path: Path) -> mmap.mmap:
     file = os.open(path, os.O_RDWR)
     try:
-        return mmap.mmap(file, 0)
+        return _mapped(file, 0)
     finally:
         os.close(file)
+
+
+def _mapped(file: int, size: int) -> mmap.mmap:
+    """All pages at once: the first steps would stop at each one otherwise, for both halves."""
+    return mmap.mmap(file, size, flags=mmap.MAP_SHARED | mmap.MAP_POPULATE)

@@ -18,6 +18,7 @@ from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import accumulate
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -161,6 +162,7 @@ class Slots:
         self._chunks: list[_Chunk] = []
         self.due: _Chunk | None = None  # full, and to leave; whoever plays a recorded step says so here
         self.own: dict[str, Tensor] = {}  # what the policy keeps of own words of steps before
+        self.sizes: dict[str, Any] = {}  # what the policy keeps of what stays as it is while the layout does
 
     def keep_own(self, key: str, words: Tensor) -> None:
         """Put ``words`` in the place of ``own[key]``, which is read no more in this step."""

@@ -151,7 +151,7 @@ class TorchComm(BaseComm):
         self._host: Channel | None = None
         self._wire: Channel | None = None  # for tensors on self.device
         if self.world > 1:
-            with self._losing("rank " + ", ".join(str(n) for n in self._names if n != self._names[self.rank])):
+            with self._losing([rank for rank in range(self.world) if rank != self.rank]):
                 self._host = self._wire = GlooChannel(self._ranks, self.rank, self.timeout)
             self._lines.channels.append(self._host)
             shared = open_shared(self._host, self.rank, self.world, self.all_gather_object)
@@ -194,7 +194,7 @@ class TorchComm(BaseComm):
 
     def _swap(self, out: list[tuple[int, Tensor]], into: list[tuple[int, Tensor]], kind: str) -> Pending[None]:
         wire = self._channel((out or into)[0][1])
-        with self._losing(self._named([peer for peer, _ in (*out, *into)])):
+        with self._losing([peer for peer, _ in (*out, *into)]):
             works = wire.swap(out, into)
         return _Launched(self, wire, works, [data for _, data in (*out, *into)], None, kind)
 
@@ -207,16 +207,18 @@ class TorchComm(BaseComm):
         if self.world == 1 or not any(sizes):
             return Done([own.detach().clone()] + [own.new_empty(0) for _ in sizes[1:]])
         data, item = as_bytes(own), own.element_size()
-        if min(sizes) < max(sizes):
+        is_padded = min(sizes) < max(sizes)
+        if is_padded:
             data = data.new_empty(max(sizes) * item)
             data[: own.numel() * item] = as_bytes(own)
         self.meter.gathered(kind, data.numel(), self.world - 1)
         wire = self._channel(data)
         others = [rank for rank in range(self.world) if rank != self.rank]
-        with self._losing(self._named(others)):
+        with self._losing(others):
             rows = data.new_empty(self.world, data.numel()) if into is None else into.view(torch.uint8)
             work, parts = wire.gather(data, rows)
-        result = [part[: size * item].view(own.dtype) for part, size in zip(parts, sizes, strict=True)]
+        ours = [part[: size * item] for part, size in zip(parts, sizes, strict=True)] if is_padded else parts
+        result = [part.view(own.dtype) for part in ours]
         return _Launched(self, wire, [(work, others)], [data, *parts], result, kind)
 
     def route(self, layout: Layout, *, kind: str) -> Route:
@@ -255,7 +257,7 @@ class TorchComm(BaseComm):
             self.meter.gathered("control", data.numel(), self.world - 1)
         wire = self._channel(data)
         others = [rank for rank in range(self.world) if rank != self.rank] if self.rank == root else [root]
-        with self._losing(self._named(others)):
+        with self._losing(others):
             works = [(wire.broadcast(data, root), others)]  # a list: it is emptied when the lines are severed
         _Launched(self, wire, works, [data], None, "control").wait()
         if tensor.device.type != "cpu":
@@ -297,16 +299,18 @@ class TorchComm(BaseComm):
         assert channel is not None, "this communicator is closed"
         return channel
 
-    def _named(self, peers: Sequence[int]) -> str:
-        return "rank " + ", ".join(str(self._names[peer]) for peer in sorted(set(peers)))
-
     @contextmanager
-    def _losing(self, whom: str) -> Iterator[None]:
-        """Failures of the transport inside become `PeerLost`, and this rank leaves, so that the loss spreads."""
+    def _losing(self, whom: str | Sequence[int]) -> Iterator[None]:
+        """Failures of the transport inside become `PeerLost`, and this rank leaves, so that the loss spreads.
+
+        ``whom``: the ranks of this communicator that are waited for, or words for them.
+        """
         try:
             yield
         except RuntimeError as failure:
             me = self._names[self.rank]
+            if not isinstance(whom, str):
+                whom = "rank " + ", ".join(str(self._names[peer]) for peer in sorted(set(whom)))
             clear_frames(failure.__traceback__)  # their locals hold works, and these the sockets
             loss = f"rank {me} lost {whom} (waits are limited to {self.timeout:g} s): {_first_line(failure)}"
             self._lines.sever(loss, abort=True)
@@ -340,7 +344,7 @@ class _Launched:
         start = comm.meter.waits()
         try:
             while launched.works:  # no local name for a work: it would keep the sockets open after a loss
-                with comm._losing(comm._named(launched.works[0][1])):
+                with comm._losing(launched.works[0][1]):
                     launched.channel.finish(launched.works[0][0], comm.timeout)
                 launched.works.pop(0)
         finally:

@@ -87,8 +87,7 @@ class Stale(Named):
             result, trail = carry(own, list(before.values()), self._slots.own[name])
             self._slots.keep_own(name, trail)
             return result
-        own_before = self._slots.own[name]
-        result = correct(own, own_before, self._with_own(before, own_before))
+        result = correct(own, self._slots.own[name], list(before.values()), self._slots.sizes[name])
         self._slots.keep_own(name, own)
         return result
 

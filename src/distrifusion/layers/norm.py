@@ -70,4 +70,6 @@ def _measured(x: Tensor, num_groups: int) -> Tensor:
 
 def _per_sample(parameter: Tensor | None, batch: int, dtype: torch.dtype) -> Tensor | None:
     """``[C]`` -> ``[batch x C]`` in ``dtype``; without a copy for one sample in that dtype."""
-    return None if parameter is None else parameter.to(dtype).expand(batch, -1).reshape(-1)
+    if parameter is None or (batch == 1 and parameter.dtype == dtype):
+        return parameter
+    return parameter.to(dtype).expand(batch, -1).reshape(-1)
