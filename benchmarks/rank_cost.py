@@ -2,10 +2,12 @@
 
 ``OMP_NUM_THREADS=1 torchrun --standalone --nproc-per-node 2 benchmarks/rank_cost.py sdxl-mini``
 
-The bare model on every rank, displaced and sync in turn, round after round. First line of a strategy: CPU seconds of
-all ranks over those of one bare step, medians over the rounds. Then, by operator, what rank 0 spends beyond its share
-of the bare step, in per cent of that share: thread time of each call, the least of the rounds, so that other load on
-the machine counts little. ``python`` is what is left: Python itself, and the host's work at messages and waits.
+The bare model on one rank, on every rank at once, displaced and sync in turn, round after round. The first line is what
+the machine takes: CPU seconds of a bare step beside those of the other ranks over those of one alone. First line of a
+strategy: CPU seconds of all ranks over those of one bare step beside others, medians over the rounds. Then, by
+operator, what rank 0 spends beyond its share of the bare step, in per cent of that share: thread time of each call, the
+least of the rounds, so that other load on the machine counts little. ``python`` is what is left: Python itself, and the
+host's work at messages and waits.
 """
 
 from __future__ import annotations
@@ -44,19 +46,24 @@ class Clock(TorchDispatchMode):
         return result
 
 
+def step(work: Workload, number: int) -> float:
+    """CPU seconds of a step."""
+    sample = work.sample(number)
+    started = process_time()
+    work.run(sample)
+    return process_time() - started
+
+
 def turn(comm: Comm, work: Workload, case: str) -> tuple[float, list[tuple[str, float]]]:
     """CPU seconds of a step, and the calls of the next one."""
     if case != BARE:
         df.parallelize(work.model, df.ParallelConfig(strategy=case, warmup_steps=0), comm)  # type: ignore[arg-type]
-    *samples, last = (work.sample(step) for step in range(STEPS[case] + 1))
-    for sample in samples:
+    for number in range(STEPS[case]):
         comm.barrier()
-        started = process_time()
-        work.run(sample)
-    seconds = process_time() - started
+        seconds = step(work, number)
     comm.barrier()
     with Clock() as clock:
-        work.run(last)
+        step(work, STEPS[case])
     df.restore(work.model)
     return seconds, clock.calls
 
@@ -86,26 +93,38 @@ def main() -> None:
     side = given.size // LATENT
     work = load(given.model, side, side, text_tokens=given.text_tokens)
     seconds, calls = defaultdict[str, list[float]](list), defaultdict[str, list[Any]](list)
+    alone = []
+    step(work, 0)
     for _ in range(given.rounds):
-        for case in STEPS:
+        comm.barrier()
+        if comm.rank == 0:
+            alone.append(step(work, 0))
+        for case in STEPS:  # each begins with a barrier
             taken, made = turn(comm, work, case)
             seconds[case].append(taken)
             calls[case].append(made)
     everyone = comm.all_gather_object(dict(seconds))
     if comm.rank == 0:
-        report(comm.world, everyone, {case: by_operator(runs) for case, runs in calls.items()}, given.least)
+        report(comm.world, alone, everyone, {case: by_operator(runs) for case, runs in calls.items()}, given.least)
     comm.barrier()
     comm.close()
 
 
 def report(
-    world: int, everyone: list[dict[str, list[float]]], spent: dict[str, dict[str, float]], least: float
+    world: int,
+    alone: list[float],
+    everyone: list[dict[str, list[float]]],
+    spent: dict[str, dict[str, float]],
+    least: float,
 ) -> None:
     """Print the tables and a JSON line."""
-    found = {}
+    found: dict[str, Any] = {}
     for case, ops in spent.items():
         ops["python"] = 1e3 * min(everyone[0][case]) - sum(ops.values())
     bare = [sum(each) / world for each in zip(*(rank[BARE] for rank in everyone), strict=True)]  # all ran one
+    beside = median(many / one for many, one in zip(bare, alone, strict=True))
+    print(f"bare steps of {world} ranks at once: {beside:.3f} of the CPU seconds of one alone")
+    found["at once"] = {"ratio": beside}
     share = 1e3 * min(everyone[0][BARE]) / world
     for case in (case for case in STEPS if case != BARE):
         totals = [sum(each) for each in zip(*(rank[case] for rank in everyone), strict=True)]

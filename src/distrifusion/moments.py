@@ -46,7 +46,7 @@ def combine(parts: Sequence[Tensor]) -> Tensor:
         return _of(parts[0])
     packed = torch.stack(list(parts))
     num_groups = packed.shape[1] // 2
-    counts, means, variances = packed.split([1, num_groups, num_groups], dim=1)  # [ranks, 1], [ranks, K] twice
+    counts, means, variances = torch.split(packed, [1, num_groups, num_groups], dim=1)  # [ranks, 1], [ranks, K] twice
     shares = counts / counts.sum()
     mean = (shares * means).sum(0)
     deviations = means - mean

@@ -91,7 +91,9 @@ class Fresh(Named):
         self._slots.keep_shared(name, own, parts, kind=kind)
         if kind == "moments":
             self._slots.own[name] = own
-            self._slots.sizes[name] = Shares.of(own, [part for rank, part in enumerate(parts) if rank != self._comm.rank])
+            self._slots.sizes[name] = Shares.of(
+                own, [part for rank, part in enumerate(parts) if rank != self._comm.rank]
+            )
 
     def finish(self) -> bool:
         """See Exchange."""
