@@ -74,8 +74,9 @@ def correct(own: Tensor, own_before: Tensor, others_before: Sequence[Tensor], sh
     patch since then:
     M[x^k] = mean_j E_j[x^k]' + (E_i[x^k] - E_i[x^k]'), var = M[x^2] - M[x]^2, and the patch's own variance where that
     cannot be. Written with what others are ahead of the own patch, d_j = mean_j' - mean_i', the squares of the means
-    cancel by hand, not in float32: mean = mean_i + sum_j s_j d_j,
+    cancel by hand, not in float32. With s_j, the shares of all elements: mean = mean_i + sum_j s_j d_j,
     var = var_i + sum_j s_j (var_j' - var_i' + d_j^2) - (sum_j s_j d_j)^2 + 2 (sum_j s_j d_j) (mean_i' - mean_i).
+    The square takes away at most 1 - s_i of the sum of s_j d_j^2, so float32 holds what is left.
 
     In the paper a variance cannot be negative. It cannot be below what the own patch alone adds to it either,
     n_i / n (var_i + (mean_i - mean)^2): divided by the root of less, the patch would be blown up.

@@ -12,7 +12,7 @@ from ..comm import Comm, Pending
 from ..comm.residual import Arriving, Wire
 from ..comm.slots import Slots
 from ..geometry import Halo
-from ..moments import Shares, combine
+from ..moments import combine
 from .named import Named
 from .rows import outgoing, packed, resized, rows_like
 
@@ -91,9 +91,6 @@ class Fresh(Named):
         self._slots.keep_shared(name, own, parts, kind=kind)
         if kind == "moments":
             self._slots.own[name] = own
-            self._slots.sizes[name] = Shares.of(
-                own, [part for rank, part in enumerate(parts) if rank != self._comm.rank]
-            )
 
     def finish(self) -> bool:
         """See Exchange."""

@@ -12,7 +12,7 @@ from ..comm.base import Done
 from ..comm.slots import Slots
 from ..config import GroupNormMode
 from ..geometry import Halo
-from ..moments import carry, combine, correct
+from ..moments import Shares, carry, combine, correct
 from .fresh import Fresh
 from .named import Named
 from .rows import outgoing
@@ -87,7 +87,10 @@ class Stale(Named):
             result, trail = carry(own, list(before.values()), self._slots.own[name])
             self._slots.keep_own(name, trail)
             return result
-        result = correct(own, self._slots.own[name], list(before.values()), self._slots.sizes[name])
+        others = list(before.values())
+        if name not in self._slots.sizes:
+            self._slots.sizes[name] = Shares.of(own, others)
+        result = correct(own, self._slots.own[name], others, self._slots.sizes[name])
         self._slots.keep_own(name, own)
         return result
 
