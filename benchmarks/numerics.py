@@ -10,7 +10,7 @@ from torch import Tensor
 
 import distrifusion as df
 from distrifusion.comm import Comm
-from distrifusion.moments import Shares, combine, correct, measure
+from distrifusion.moments import Ahead, Shares, combine, correct, measure
 
 
 def model() -> UNet2DConditionModel:
@@ -113,7 +113,8 @@ def group_norm() -> None:
     before = [torch.randn(32, 640) + 30 for _ in range(3)]
     now = before[0] + 0.1 * torch.randn(32, 640) + 0.05
     own, *others = (measure(p) for p in before)
-    _, var = correct(measure(now), own, others, Shares.of(own, others))
+    each, peers = own[None], torch.stack(others)[None]
+    _, var = correct(measure(now), Ahead.all_of(each, peers, Shares.of(each, peers))[0])
 
     def printed(dtype: torch.dtype) -> Tensor:
         e = [[(p.to(dtype) ** k).mean(1) for k in (1, 2)] for p in before]

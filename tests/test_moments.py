@@ -5,7 +5,7 @@ import torch
 from torch import Tensor
 
 from distrifusion import moments
-from distrifusion.moments import CARRY, MOST, SWERVE, Shares, carry, combine, correct, measure
+from distrifusion.moments import CARRY, MOST, SWERVE, Ahead, Shares, carry, combine, correct, measure
 
 
 def noise(*shape: int, seed: int = 0) -> Tensor:
@@ -88,9 +88,14 @@ def paper(now: Tensor, before: Tensor, before_all: Tensor) -> tuple[Tensor, Tens
     return first, torch.where(var < 0, now.var(1, unbiased=False), var)
 
 
+def ahead_of(own: list[Tensor], others: list[list[Tensor]]) -> list[Ahead]:
+    each, peers = torch.stack(own), torch.stack([torch.stack(part) for part in others])
+    return Ahead.all_of(each, peers, Shares.of(each, peers))
+
+
 def corrected(now: Tensor, before: Tensor, peers: list[Tensor]) -> tuple[Tensor, Tensor]:
     own, others = measure(before), [measure(part) for part in peers]
-    return correct(measure(now), own, others, Shares.of(own, others))
+    return correct(measure(now), ahead_of([own], [others])[0])
 
 
 @pytest.mark.parametrize("shift", [0.0, 5.0])
@@ -143,6 +148,15 @@ def test_a_variance_that_is_the_own_patchs_part_stays() -> None:
     own -= own.mean(1, keepdim=True)
     _, var = corrected(own, own, peers)
     assert close(var, truth(torch.cat([own, *peers], 1))[1])
+
+
+def test_several_norms_at_a_time_are_as_each_by_itself() -> None:
+    before = [noise(3, 10 * i, seed=i) + i for i in (1, 2, 3)]
+    peers = [[measure(noise(3, 4 * i, seed=10 * i + j) - j) for j in (0, 1)] for i in (1, 2, 3)]
+    now = [measure(part * 0.9) for part in before]
+    together = ahead_of([measure(part) for part in before], peers)
+    for part, own, others, ahead in zip(now, before, peers, together, strict=True):
+        assert torch.equal(correct(part, ahead), correct(part, ahead_of([measure(own)], [others])[0]))
 
 
 def test_an_empty_patch_is_corrected_to_the_peers_moments() -> None:

@@ -56,43 +56,62 @@ def combine(parts: Sequence[Tensor]) -> Tensor:
 class Shares(NamedTuple):
     """Of all elements, how many are behind each patch's moments: the same in every step of one layout."""
 
-    others: Tensor  # [ranks - 1, 1], in order of rank
-    least: Tensor  # scalar: of the own patch, less what may be rounding. See `correct`
+    others: Tensor  # [norms, ranks - 1, 1], in order of rank
+    least: Tensor  # [norms, 1]: of the own patch, less what may be rounding. See `correct`
 
     @classmethod
-    def of(cls, own: Tensor, others: Sequence[Tensor]) -> Shares:
-        """Read off moments ``[1 + 2K]``."""
-        counts = torch.stack([part[0] for part in (own, *others)])
-        shares = counts / counts.sum()
-        return cls(shares[1:, None], ROUNDED * shares[0])
+    def of(cls, own: Tensor, others: Tensor) -> Shares:
+        """Read off moments ``[norms, 1 + 2K]`` and ``[norms, ranks - 1, 1 + 2K]``."""
+        counts = torch.cat([own[:, None, :1], others[..., :1]], 1)  # [norms, ranks, 1]
+        shares = counts / counts.sum(1, keepdim=True)
+        return cls(shares[:, 1:], ROUNDED * shares[:, 0])
 
 
-def correct(own: Tensor, own_before: Tensor, others_before: Sequence[Tensor], shares: Shares) -> Tensor:
+class Ahead(NamedTuple):
+    """What is known of a norm before the own patch of this step is. See `correct`."""
+
+    mean: Tensor  # [K]: mean_i'
+    move: Tensor  # [2K]: of the whole picture's mean, and of its variance, what the own patch does not tell
+    twice: Tensor  # [K]: 2 sum_j s_j d_j
+    least: Tensor  # [K]: of a variance, what the mean's change has no part in
+    own_part: Tensor  # scalar: and how much the own variance of this step adds to it
+
+    @classmethod
+    def all_of(cls, own: Tensor, others: Tensor, shares: Shares) -> list[Ahead]:
+        """For several norms at a time, from moments ``[norms, 1 + 2K]`` and ``[norms, ranks - 1, 1 + 2K]``."""
+        was = own[:, 1:]  # [norms, 2K]
+        apart = others[..., 1:] - was[:, None]
+        weighted = shares.others * apart
+        move = weighted.sum(1)
+        between = (weighted.chunk(2, 2)[0] * apart.chunk(2, 2)[0]).sum(1)  # [norms, K]
+        mean, var = move.chunk(2, 1)
+        squares = mean * mean
+        var.add_(between).sub_(squares)
+        parts = was.chunk(2, 1)[0], move, 2 * mean, shares.least * squares, shares.least[:, 0]
+        return [cls(*each) for each in zip(*(part.unbind() for part in parts), strict=True)]
+
+
+def correct(own: Tensor, ahead: Ahead) -> Tensor:
     """DistriFusion's corrected asynchronous group norm (arXiv 2402.19481, section 4): mean and variance ``[2, K]``.
 
-    The global moments of the step before (of ``own_before`` and ``others_before``), moved by the change of the own
-    patch since then:
+    The global moments of the step before, moved by the change of the own patch since then:
     M[x^k] = mean_j E_j[x^k]' + (E_i[x^k] - E_i[x^k]'), var = M[x^2] - M[x]^2, and the patch's own variance where that
     cannot be. Written with what others are ahead of the own patch, d_j = mean_j' - mean_i', the squares of the means
     cancel by hand, not in float32. With s_j, the shares of all elements: mean = mean_i + sum_j s_j d_j,
     var = var_i + sum_j s_j (var_j' - var_i' + d_j^2) - (sum_j s_j d_j)^2 + 2 (sum_j s_j d_j) (mean_i' - mean_i).
-    The square takes away at most 1 - s_i of the sum of s_j d_j^2, so float32 holds what is left.
+    The square takes away at most 1 - s_i of the sum of s_j d_j^2, so float32 holds what is left. But for the own
+    moments of this step all of it is known when the words of the step before have come, for many norms at once.
 
     In the paper a variance cannot be negative. It cannot be below what the own patch alone adds to it either,
     n_i / n (var_i + (mean_i - mean)^2): divided by the root of less, the patch would be blown up.
     """
-    now, was = own[1:], own_before[1:]  # [2K]
-    apart = torch.stack(list(others_before))[:, 1:] - was  # [ranks - 1, 2K]
-    weighted = shares.others * apart
-    ahead = weighted.sum(0)
-    between = (weighted.chunk(2, 1)[0] * apart.chunk(2, 1)[0]).sum(0)  # [K]
-    (now_mean, now_var), (ahead_mean, ahead_var) = now.chunk(2), ahead.chunk(2)
-    ahead_var.add_(between).addcmul_(ahead_mean, ahead_mean, value=-1)
-    moved = now + ahead
-    mean, var = moved.chunk(2)
-    corrected = torch.addcmul(var, ahead_mean, was.chunk(2)[0] - now_mean, value=2)
-    least = torch.addcmul(now_var, ahead_mean, ahead_mean).mul_(shares.least)
-    return torch.stack([mean, torch.where(corrected < least, now_var, corrected)])
+    now = own[1:]  # [2K]
+    moved = now + ahead.move
+    (now_mean, now_var), (_, var) = now.chunk(2), moved.chunk(2)
+    var.addcmul_(ahead.twice, ahead.mean - now_mean)
+    least = torch.addcmul(ahead.least, now_var, ahead.own_part)
+    var.copy_(torch.where(var < least, now_var, var))
+    return moved.view(2, -1)
 
 
 ROUNDED = 0.99  # of the least variance: where the other patches are of one colour, sums in float32 may lie below it

@@ -91,7 +91,7 @@ class _Chunk:
 
     def __init__(self, comm: Comm, entries: list[_Entry]) -> None:
         self.num_posted = 0
-        self._num_entries = len(entries)
+        self.keys = [entry.key for entry in entries]
         self._is_under_way = False
         packings = sends, direct, shared = Packing(), Packing(), Packing()
         self._posts: list[Place] = []
@@ -119,7 +119,7 @@ class _Chunk:
 
     @property
     def is_full(self) -> bool:
-        return self.num_posted == self._num_entries
+        return self.num_posted == len(self.keys)
 
     def post(self, index: int) -> Tensor:
         """Where the words of `_Entry.posts` are written in this step."""
@@ -239,6 +239,10 @@ class Slots:
         self._chunks[entry.chunk].arrive()
         entry.decode()
         return entry.received
+
+    def beside(self, key: str) -> list[str]:
+        """All names whose words come with those of ``key``, which was read already, in order of the step."""
+        return self._chunks[self._entries[key].chunk].keys
 
     def post(self, key: str, outgoing: Mapping[int, Tensor]) -> None:
         """Write this step's words under ``key`` into the chunk, after ``read`` of the same name."""

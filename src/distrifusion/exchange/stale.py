@@ -12,7 +12,7 @@ from ..comm.base import Done
 from ..comm.slots import Slots
 from ..config import GroupNormMode
 from ..geometry import Halo
-from ..moments import Shares, carry, combine, correct
+from ..moments import Ahead, Shares, carry, combine, correct
 from .fresh import Fresh
 from .named import Named
 from .rows import outgoing
@@ -39,6 +39,7 @@ class Stale(Named):
         self._slots = slots
         self._group_norm = group_norm
         self._rank = comm.rank
+        self._ahead: dict[str, Ahead] = {}
         # A seam that the synchronous steps did not pass has no words of the step before: it is exchanged at once.
         self._fresh = Fresh(comm)
 
@@ -80,6 +81,8 @@ class Stale(Named):
         if self._group_norm == "sync" or name not in self._slots:
             return self._fresh.moments(key, own)
         before = self._slots.read(name)
+        if self._group_norm == "corrected" and name not in self._ahead:
+            self._look_ahead(name)
         self._slots.post_shared(name, own)
         if self._group_norm == "stale":
             return combine(self._with_own(before, own))
@@ -87,10 +90,7 @@ class Stale(Named):
             result, trail = carry(own, list(before.values()), self._slots.own[name])
             self._slots.keep_own(name, trail)
             return result
-        others = list(before.values())
-        if name not in self._slots.sizes:
-            self._slots.sizes[name] = Shares.of(own, others)
-        result = correct(own, self._slots.own[name], others, self._slots.sizes[name])
+        result = correct(own, self._ahead.pop(name))
         self._slots.keep_own(name, own)
         return result
 
@@ -100,3 +100,15 @@ class Stale(Named):
 
     def _with_own(self, others: dict[int, Tensor], own: Tensor) -> list[Tensor]:
         return [own if rank == self._rank else others[rank] for rank in range(len(others) + 1)]
+
+    def _look_ahead(self, name: str) -> None:
+        """For the norms whose words came with those of ``name``: a few operations for all of them."""
+        slots = self._slots
+        names = [each for each in slots.beside(name) if each in slots.own and each not in self._ahead]
+        names = [each for each in names if slots.own[each].numel() == slots.own[name].numel()]
+        own = torch.stack([slots.own[each] for each in names])
+        others = torch.stack([words for each in names for words in slots.read(each).values()])
+        others = others.view(len(names), -1, own.shape[1])
+        if name not in slots.sizes:
+            slots.sizes[name] = Shares.of(own, others)
+        self._ahead.update(zip(names, Ahead.all_of(own, others, slots.sizes[name]), strict=True))

@@ -14,6 +14,7 @@ from ..errors import UnsupportedModel
 from ..geometry import Reader, Span, Split, Window
 from .base import Frame, FrameHolder, HaloLayer, between, rows_of
 from .chunks import Pads, convolved
+from .doubled import convolved_doubled, source_of, with_edges
 
 
 def windows(module: Any, extra: Pads = (0, 0), name: str = "") -> tuple[Window, Window]:
@@ -86,19 +87,21 @@ class PatchConv(HaloLayer):
         outputs = frame.split(self.level_out)
         if self.reads_whole:
             self._note(frame, x)
+        source = source_of(x, self.module, frame)  # before a halo is written to the room around it
         rows = rows_read(self, frame, x, reads_whole=self.reads_whole)
         if not len(outputs.span(frame.patch)):
             channels = x.shape[1] if isinstance(self.module, nn.AvgPool2d) else self.module.out_channels
             return x.new_empty(x.shape[0], channels, *frame.sides(self.level_out, 0))
-        return self._padded(rows, frame, (0, 0))
+        return self._padded(rows, frame, (0, 0), source)
 
     def _alone(self, x: Tensor, frame: Frame) -> Tensor:
         if self.reads_whole:
             x = frame.own(self.level, x)
         dim, pads = frame.dim, self.windows[frame.dim - 2].padding
         strips = frame.strips(self.level, x)
+        sources = [source_of(strip, self.module, frame) for strip in strips]
         if frame.recall is None or not any(pads):
-            parts = [self._padded(strip, frame, pads) for strip in strips]
+            parts = [self._padded(strip, frame, pads, source) for strip, source in zip(strips, sources, strict=True)]
         elif torch.compiler.is_compiling():
             rows = [strip.shape[dim] + sum(pads) for strip in strips]
             wider = torch.split(self.ask([x], [sum(rows)], dim)[0], rows, dim)
@@ -106,10 +109,10 @@ class PatchConv(HaloLayer):
         else:
             sides = frame.recall.beside(self.key, x, self.level, pads, dim)
             parts = [
-                self._padded(between(strip, *both, pads, dim), frame, (0, 0))
+                self._padded(between(strip, *both, pads, dim), frame, (0, 0), source)
                 if any(rows is not None for rows in both)
-                else self._padded(strip, frame, pads)  # torch's own zeros: the same bits as without a memory
-                for strip, both in zip(strips, sides, strict=True)
+                else self._padded(strip, frame, pads, source)  # torch's own zeros: the same bits as without a memory
+                for strip, both, source in zip(strips, sides, sources, strict=True)
             ]
         return parts[0] if len(parts) == 1 else torch.cat(parts, dim)
 
@@ -135,12 +138,20 @@ class PatchConv(HaloLayer):
         strips = zip(frame.strips(self.level, x), sides, strict=True)
         return [torch.cat([between(strip, *both, pads, frame.dim) for strip, both in strips], frame.dim)]
 
-    def _padded(self, rows: Tensor, frame: Frame, along: Pads) -> Tensor:
-        """The module's arithmetic, with ``along`` zeros before and after along the split dim and its own across."""
+    def _padded(self, rows: Tensor, frame: Frame, along: Pads, source: Tensor | None = None) -> Tensor:
+        """The module's arithmetic, with ``along`` zeros before and after along the split dim and its own across.
+
+        ``source``: see `source_of`, of the patch whose rows these are, with or without a halo.
+        """
+        if source is not None:
+            rows = source if any(along) else with_edges(source, rows, frame.dim)
         pads, rings = (along, self.windows[3 - frame.dim].padding), (False, frame.levels.is_ring_across)
         if frame.dim == 3:
             pads, rings = pads[::-1], rings[::-1]
-        return self._apply(*padded(rows, pads, rings))
+        rows, padding = padded(rows, pads, rings)
+        if source is not None:
+            return convolved_doubled(self.module, rows, padding, frame, self.key)
+        return self._apply(rows, padding)
 
     def _apply(self, rows: Tensor, padding: Pads) -> Tensor:
         frame = self.frame

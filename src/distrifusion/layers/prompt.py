@@ -91,10 +91,10 @@ def _mark(module: nn.Module, args: Any, held: list[Tensor]) -> Any:
         return None
     kind = held[0].device.type
     parts += [torch.is_autocast_enabled(kind), torch.get_autocast_dtype(kind)]
-    return tuple(parts) if _mark_weights(module, parts, held) else None
+    return tuple(parts) if mark_weights(module, parts, held) else None
 
 
-def _mark_weights(module: nn.Module, parts: list[Any], held: list[Tensor]) -> bool:
+def mark_weights(module: nn.Module, parts: list[Any], held: list[Tensor]) -> bool:
     """Add what is known of the weights below ``module``; whether that is all there is to know."""
     owner = type(module).__module__
     if owner.startswith("peft."):
@@ -109,7 +109,7 @@ def _mark_weights(module: nn.Module, parts: list[Any], held: list[Tensor]) -> bo
             return False
         held.append(weight)
         parts += [id(weight), weight.data_ptr(), weight._version]
-    return all(child is None or _mark_weights(child, parts, held) for child in module._modules.values())
+    return all(child is None or mark_weights(child, parts, held) for child in module._modules.values())
 
 
 def _versions(result: Any) -> tuple[int, ...] | None:

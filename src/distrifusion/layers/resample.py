@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from ..geometry import Nearest, Split
 from .base import Frame, FrameHolder, HaloLayer, Layer, empty_with_room
+from .doubled import mark_doubled
 
 
 class PatchUpsample(HaloLayer):
@@ -57,7 +58,9 @@ def nearest(layer: PatchUpsample | PatchInterpolate, x: Tensor) -> Tensor:
         sizes = [frame.sides(layer.level_out, rows) for rows in frame.levels.strips[layer.level_out]]
         strips = zip(frame.strips(layer.level, x), sizes, strict=True)
         parts = [F.interpolate(strip, size=size, mode="nearest") for strip, size in strips]
-        return parts[0] if len(parts) == 1 else torch.cat(parts, frame.dim)
+        if len(parts) == 1:
+            return mark_doubled(parts[0], x)
+        return torch.cat(parts, frame.dim)
     inputs, outputs, reader = finer(layer, frame)
     rows = layer.with_halo(frame, x)
     out = outputs.span(frame.patch)
@@ -80,7 +83,7 @@ def _doubled(rows: Tensor, dim: int) -> Tensor:
     out = empty_with_room(wide, (*rows.shape[:2], 2 * rows.shape[2], wide.shape[3]), dim)
     for row in (0, 1):
         out[:, :, row::2].copy_(wide)
-    return out
+    return mark_doubled(out, rows)
 
 
 class PatchInterpolate(HaloLayer):
