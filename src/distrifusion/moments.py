@@ -22,10 +22,10 @@ def measure(groups: Tensor) -> Tensor:
         return torch.zeros(1 + 2 * num_groups, dtype=torch.float32, device=groups.device)
     if groups.device.type == "cpu":
         step = max(CHUNK // count, 1)
-        chunks = [_two_passes(groups[i : i + step]) for i in range(0, num_groups, step)]
-        mean, var = chunks[0] if len(chunks) == 1 else (torch.cat(part) for part in zip(*chunks, strict=True))
-    else:
-        var, mean = torch.var_mean(groups.float(), dim=1, correction=0)
+        chunks = [groups] if step >= num_groups else torch.split(groups, step)
+        parts = [part for chunk in chunks for part in _two_passes(chunk)]
+        return torch.cat([parts[0].new_full((1,), count), *parts[::2], *parts[1::2]])
+    var, mean = torch.var_mean(groups.float(), dim=1, correction=0)
     return torch.cat([mean.new_full((1,), count), mean, var])
 
 

@@ -28,6 +28,9 @@ class PatchAttention(Layer):
     whole picture. K and V are those of the module at this moment, so a LoRA loaded later counts. Attention does not
     depend on the order of keys, so the parts are put one after the other by rank, for columns as for rows.
     Cross-attention to text needs nothing from the peers.
+
+    ``only_calls_processor``: the module's own forward does nothing else, but to look up in each call which of the
+    further arguments the processor takes.
     """
 
     def __init__(
@@ -38,10 +41,12 @@ class PatchAttention(Layer):
         *,
         level: int,
         mask_to_tokens: MaskToTokens | None = None,
+        only_calls_processor: bool = False,
     ) -> None:
         super().__init__(module, key, holder)
         self.level = level
         self._mask_to_tokens = mask_to_tokens
+        self._only_calls_processor = only_calls_processor
 
     @property
     def forward(self) -> Callable[..., Any]:
@@ -68,10 +73,17 @@ class PatchAttention(Layer):
         view = _View(attn, self, frame) if to_image and not attn.only_cross_attention else attn
         # A graph must not depend on the kind of the exchange: one serves all steps.
         if view is attn or torch.compiler.is_compiling() or not self._is_own_first(frame):
-            output: Tensor = self.plain(view, hidden_states, encoder_hidden_states, attention_mask, **kwargs)
-            return output
+            return self._attend(view, hidden_states, encoder_hidden_states, attention_mask, kwargs)
         with _OwnFirst(view, frame.patch):
-            output = self.plain(view, hidden_states, encoder_hidden_states, attention_mask, **kwargs)
+            return self._attend(view, hidden_states, encoder_hidden_states, attention_mask, kwargs)
+
+    def _attend(self, view: Any, x: Tensor, text: Tensor | None, mask: Tensor | None, kwargs: dict[str, Any]) -> Tensor:
+        """The module's own forward."""
+        output: Tensor
+        if kwargs or not self._only_calls_processor:
+            output = self.plain(view, x, text, mask, **kwargs)
+        else:
+            output = view.processor(view, x, encoder_hidden_states=text, attention_mask=mask)
         return output
 
     def _is_own_first(self, frame: Frame) -> bool:

@@ -136,7 +136,14 @@ def _attention(walk: Walk, module: Any, name: str, place: Place) -> Iterator[Lay
         raise unsupported(module, name, f"has the processor {processor.__name__}, which is not known{advice}")
     if module.spatial_norm is not None:
         raise unsupported(module.spatial_norm, f"{name}.spatial_norm")
-    yield PatchAttention(module, name, walk.holder, level=place.level, mask_to_tokens=IPAdapterMaskProcessor.downsample)
+    yield PatchAttention(
+        module,
+        name,
+        walk.holder,
+        level=place.level,
+        mask_to_tokens=IPAdapterMaskProcessor.downsample,
+        only_calls_processor=type(module).forward is Attention.forward,
+    )
     for name_of_prompt, module_of_prompt in _prompt(module):
         yield PatchPrompt(module_of_prompt, f"{name}.{name_of_prompt}", walk.holder)
     # norm_cross normalises the text, which every rank has whole.
