@@ -24,6 +24,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import distrifusion as df
 from distrifusion.bench.plan import LATENT
+from distrifusion.bench.sharing import share_weights
 from distrifusion.bench.workload import Workload, load
 from distrifusion.comm import Comm
 from distrifusion.comm.torch_dist import TorchComm
@@ -92,6 +93,7 @@ def main() -> None:
     assert comm is not None, "started by torchrun"
     side = given.size // LATENT
     work = load(given.model, side, side, text_tokens=given.text_tokens)
+    share_weights(work.model, comm)
     seconds, calls = defaultdict[str, list[float]](list), defaultdict[str, list[Any]](list)
     alone = []
     step(work, 0)

@@ -22,6 +22,7 @@ from ..pipeline import parallelize, report, restore
 from .memory import PeakMemory
 from .picture import Picture
 from .plan import LATENT, Case, Plan
+from .sharing import share_weights
 from .trace import Recorder, merge, refuse_other_clocks
 from .workload import Workload, load
 
@@ -68,6 +69,7 @@ class Bench:
         self._comms = {world: _first(comm, world) for world in sorted({case.world for case in plan.cases})}
         height, width = plan.sizes[0]
         work = load(plan.model, height // LATENT, width // LATENT, plan.batch, getattr(torch, plan.dtype), plan.device)
+        share_weights(work.model, comm)
         self._work = {(rows, cols): work.resized(rows // LATENT, cols // LATENT) for rows, cols in plan.sizes}
         self._timings = [Timing(case, size) for size in plan.sizes for case in plan.cases]
         self._tell, self._num_done = tell, 0

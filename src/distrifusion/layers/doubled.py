@@ -78,17 +78,16 @@ def convolved_doubled(module: Any, rows: Tensor, padding: Pads, frame: Frame, ke
 
 
 def _weights(module: nn.Conv2d, frame: Frame, key: str) -> Tensor:
-    """`summed` weights, kept for this picture as long as nothing is written to the module's own."""
+    """`summed` weights: made once in a picture, as long as nothing is written to the module's own."""
     mark: list[Any] = []
-    held: list[Tensor] = []
+    held: list[Tensor] = []  # all that the mark names, so that no address is used again while this is kept
     is_known = mark_weights(module, mark, held)
     kept = frame.memory.get(key)
     if is_known and kept is not None and kept[0] == mark:
         weights: Tensor = kept[2]
         return weights
     weights = summed(module.weight)
-    if is_known:
-        frame.memory[key] = (mark, held, weights)  # held, so that no address is used again
+    frame.memory[key] = (mark if is_known else None, held, weights)
     return weights
 
 
