@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from .base import Frame
 from .chunks import Pads
-from .prompt import mark_weights
+from .prompt import Kept, mark_weights
 
 _SOURCE = "_distrifusion_source"  # on a patch: what it is twice as large as, and the writes to the patch until then
 _TAPS = ((1, 0, 0), (0, 1, 1)), ((1, 1, 0), (0, 0, 1))  # [phase, tap of 2, tap of 3]
@@ -80,14 +80,12 @@ def convolved_doubled(module: Any, rows: Tensor, padding: Pads, frame: Frame, ke
 def _weights(module: nn.Conv2d, frame: Frame, key: str) -> Tensor:
     """`summed` weights: made once in a picture, as long as nothing is written to the module's own."""
     mark: list[Any] = []
-    held: list[Tensor] = []  # all that the mark names, so that no address is used again while this is kept
+    held: list[Tensor] = []
     is_known = mark_weights(module, mark, held)
-    kept = frame.memory.get(key)
-    if is_known and kept is not None and kept[0] == mark:
-        weights: Tensor = kept[2]
-        return weights
-    weights = summed(module.weight)
-    frame.memory[key] = (mark if is_known else None, held, weights)
+    kept: Kept | None = frame.memory.get(key)
+    if kept is None or not is_known or kept.mark != mark:
+        kept = frame.memory[key] = Kept(mark, held, summed(module.weight))
+    weights: Tensor = kept.result
     return weights
 
 

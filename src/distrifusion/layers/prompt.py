@@ -20,13 +20,13 @@ _LORA = "peft.tuners.lora.layer.Linear"
 
 
 @dataclass
-class _Kept:
+class Kept:
     """A result, and what it was made of."""
 
     mark: Any
     held: list[Tensor]  # all that the mark names, so that no id and no address is used again while this is kept
     result: Any
-    versions: Any  # of the result, which a processor may have written to
+    versions: Any = None  # of the result, which a processor may have written to
     was_used: bool = False
 
 
@@ -55,7 +55,7 @@ class PatchPrompt(Layer):
         if torch.compiler.is_compiling() or frame is None or kwargs or torch.is_grad_enabled():
             return self.compute(*args, **kwargs)
         memory = frame.memory
-        before: _Kept | None = memory.get(self.key)
+        before: Kept | None = memory.get(self.key)
         if before is None and self.key in memory:
             return self.compute(*args)
         held: list[Tensor] = []
@@ -69,7 +69,7 @@ class PatchPrompt(Layer):
         # What is out of date before it was ever of use is new in every step: not worth its memory.
         is_new_always = before is not None and not before.was_used
         is_known = mark is not None and versions is not None and not is_new_always
-        memory[self.key] = _Kept(mark, held, result, versions) if is_known else None
+        memory[self.key] = Kept(mark, held, result, versions) if is_known else None
         return result
 
     def compute(self, *args: Any, **kwargs: Any) -> Any:
@@ -78,7 +78,7 @@ class PatchPrompt(Layer):
 
 
 def _mark(module: nn.Module, args: Any, held: list[Tensor]) -> Any:
-    """Compares equal where ``module`` would give the same; None where that cannot be told. ``held``: see _Kept."""
+    """Compares equal where ``module`` would give the same; None where that cannot be told. ``held``: see Kept."""
     parts: list[Any] = []
     for tensor in _tensors(args):
         if tensor is None or not _is_plain(tensor):
