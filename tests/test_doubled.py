@@ -36,9 +36,12 @@ def upsample(dtype: torch.dtype = torch.float32, *, bias: bool = True) -> Any:
 
 
 def in_patches(module: Any, x: Tensor, coarse: Split, dim: int, change: Callable[[Any], None] | None = None) -> Tensor:
-    """What ``module`` makes of ``x``, twice, with ``change`` to each rank's own before the second time."""
+    """What ``module`` makes of ``x``, twice, with ``change`` to each rank's own before the second time.
+
+    On a ring the picture goes around across the split, too.
+    """
     fine = Split(tuple(2 * bound for bound in coarse.bounds), is_ring=coarse.is_ring)
-    levels = Levels((coarse, fine), (x.shape[5 - dim], 2 * x.shape[5 - dim]))
+    levels = Levels((coarse, fine), (x.shape[5 - dim], 2 * x.shape[5 - dim]), is_ring_across=coarse.is_ring)
 
     @torch.no_grad()
     def rank(comm: Any) -> Tensor:
@@ -77,6 +80,15 @@ def test_patches_are_those_of_one_device(bounds: tuple[int, ...], dim: int) -> N
     for module in (upsample(), upsample(bias=False)):
         x = noise(3, 4, 9, 9)
         assert distance(in_patches(module, x, Split(bounds), dim), module(x)) <= EXACT
+
+
+@pytest.mark.parametrize("dim", [2, 3], ids=["rows", "cols"])
+@pytest.mark.parametrize("bounds", [(0, 9), (0, 4, 9), (0, 1, 3, 9)])
+def test_where_the_ends_of_a_picture_meet(bounds: tuple[int, ...], dim: int) -> None:
+    module, x = upsample(), noise(2, 4, 9, 9)
+    around = F.pad(F.interpolate(x, scale_factor=2.0, mode="nearest"), (1, 1, 1, 1), mode="circular")
+    truth = F.conv2d(around, module.conv.weight, module.conv.bias)
+    assert distance(in_patches(module, x, Split(bounds, is_ring=True), dim), truth) <= EXACT
 
 
 def test_double_precision_is_kept() -> None:

@@ -23,10 +23,11 @@ def measure(groups: Tensor) -> Tensor:
     if groups.device.type == "cpu":
         step = max(CHUNK // count, 1)
         chunks = [groups] if step >= num_groups else torch.split(groups, step)
-        parts = [part for chunk in chunks for part in _two_passes(chunk)]
-        return torch.cat([parts[0].new_full((1,), count), *parts[::2], *parts[1::2]])
-    var, mean = torch.var_mean(groups.float(), dim=1, correction=0)
-    return torch.cat([mean.new_full((1,), count), mean, var])
+        parts = [part for chunk in chunks for part in _two_passes(chunk)]  # means and variances in turn
+    else:
+        var, mean = torch.var_mean(groups.float(), dim=1, correction=0)
+        parts = [mean, var]
+    return torch.cat([parts[0].new_full((1,), count), *parts[::2], *parts[1::2]])
 
 
 CHUNK = 1 << 20  # elements whose deviations are held at a time, where the CPU computes: a picture's would double memory

@@ -24,7 +24,7 @@ from .picture import Picture
 from .plan import LATENT, Case, Plan
 from .sharing import share_weights
 from .trace import Recorder, merge, refuse_other_clocks
-from .workload import Workload, load
+from .workload import Workload, is_shape, load
 
 
 @dataclass
@@ -69,7 +69,8 @@ class Bench:
         self._comms = {world: _first(comm, world) for world in sorted({case.world for case in plan.cases})}
         height, width = plan.sizes[0]
         work = load(plan.model, height // LATENT, width // LATENT, plan.batch, getattr(torch, plan.dtype), plan.device)
-        share_weights(work.model, comm)
+        if is_shape(plan.model):  # weights of a folder lie in a file as they are
+            share_weights(work.model, comm)
         self._work = {(rows, cols): work.resized(rows // LATENT, cols // LATENT) for rows, cols in plan.sizes}
         self._timings = [Timing(case, size) for size in plan.sizes for case in plan.cases]
         self._tell, self._num_done = tell, 0

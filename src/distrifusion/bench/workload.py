@@ -147,6 +147,11 @@ class Workload:
         return getattr(self.model, self.method)(**{self.sample_name: sample}, **given)
 
 
+def is_shape(name: str) -> bool:
+    """Whether ``name`` is that of a shape, whose weights are random, and not a folder."""
+    return any(name in shapes for shapes in (SHAPES, TRANSFORMERS, VAES))
+
+
 def check_name(name: str) -> None:
     """Refuse what `load` cannot load.
 
@@ -208,7 +213,7 @@ def load(
     import diffusers
 
     check_name(name)
-    if _has(name, "transformer") and name not in (*SHAPES, *TRANSFORMERS, *VAES):
+    if _has(name, "transformer") and not is_shape(name):
         return _of_folder(name, height, width, batch, dtype, device)
     torch.manual_seed(0)
     if name in TRANSFORMERS:

@@ -36,7 +36,7 @@ class PatchGroupNorm(Layer):
             return x
         # Batch norm with given statistics is the affine map wanted here, in one pass and with mixed dtypes: one
         # "channel" per (sample, channel).
-        width, dtype = channels // module.num_groups, torch.float64 if x.dtype is torch.float64 else torch.float32
+        width, dtype = channels // module.num_groups, torch.promote_types(x.dtype, torch.float32)
         mean, var = moments.to(dtype).repeat_interleave(width, dim=1).unbind()
         normed = F.batch_norm(
             x.view(1, batch * channels, *x.shape[2:]),
