@@ -8,7 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .base import Layer, empty_with_room
+from .base import Layer
+from .rows import empty_with_room
 
 
 class PatchSiLU(Layer):

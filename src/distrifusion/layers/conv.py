@@ -12,9 +12,10 @@ from torch import Tensor, nn
 
 from ..errors import UnsupportedModel
 from ..geometry import Reader, Span, Split, Window
-from .base import Frame, FrameHolder, HaloLayer, between, rows_of
+from .base import Frame, FrameHolder, HaloLayer
 from .chunks import Pads, convolved
 from .doubled import convolved_doubled, source_of, with_edges
+from .rows import between, rows_of
 
 
 def windows(module: Any, extra: Pads = (0, 0), name: str = "") -> tuple[Window, Window]:

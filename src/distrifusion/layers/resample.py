@@ -10,8 +10,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..geometry import Nearest, Split
-from .base import Frame, FrameHolder, HaloLayer, Layer, empty_with_room
+from .base import Frame, FrameHolder, HaloLayer, Layer
 from .doubled import mark_doubled
+from .rows import empty_with_room
 
 
 class PatchUpsample(HaloLayer):

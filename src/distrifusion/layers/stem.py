@@ -11,7 +11,8 @@ from torch import Tensor, nn
 
 from ..errors import ConfigError, UnsupportedModel
 from ..geometry import Chain, Span, Window
-from .base import FrameHolder, Layer, rows_of
+from .base import FrameHolder, Layer
+from .rows import rows_of
 
 
 class PatchStem(Layer):

@@ -16,7 +16,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..errors import UnsupportedModel
-from .base import Frame, FrameHolder, Layer, own_rows, put_rows
+from .base import Frame, FrameHolder, Layer
+from .rows import own_rows, put_rows
 
 LATENTS, TOKENS = 0, 1
 """Levels of a transformer: rows of the latent, and rows of tokens, each of which is ``patch_size`` rows of it."""

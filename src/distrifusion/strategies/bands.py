@@ -13,7 +13,8 @@ from ..comm import Pending
 from ..exchange import Exchange, Recall
 from ..geometry import Chain, Halo, Levels, Span, Split, halo
 from ..layers import Band, Frame, FrameHolder, Layer, PatchConv, PatchGroupNorm
-from ..layers.base import HaloLayer, rows_of
+from ..layers.base import HaloLayer
+from ..layers.rows import rows_of
 from ..moments import combine
 
 if TYPE_CHECKING:

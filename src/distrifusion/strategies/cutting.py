@@ -12,7 +12,7 @@ from ..errors import UnsupportedModel
 from ..exchange import Exchange
 from ..geometry import Levels, Moved, Split
 from ..layers import Frame
-from ..layers.base import put_rows
+from ..layers.rows import put_rows
 from ..mesh import Mesh
 from ..models import Call, Table
 from .balance import Balance

@@ -19,7 +19,7 @@ from torch.utils._pytree import tree_flatten, tree_map_only, tree_unflatten
 
 from ..comm import Comm
 from ..geometry import Moved, Split, moves
-from ..layers.base import attach, own_rows, rows_of
+from ..layers.rows import attach, own_rows, rows_of
 from .values import OF_SHAPE, InParts, is_along_another, is_by_value
 
 

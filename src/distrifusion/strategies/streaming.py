@@ -13,7 +13,7 @@ from torch import Tensor
 from ..errors import ConfigError
 from ..geometry import Levels, Split
 from ..layers import Frame, FrameHolder
-from ..layers.base import own_rows
+from ..layers.rows import own_rows
 from ..layers.tokens import TOKENS
 from ..models import Call, Table
 from ..stream import Back, Pass
