@@ -19,6 +19,7 @@ class Absent(Named):
 
     kind = "naive"
     is_slow = False
+    asks_early = False
     sees_peers = False
 
     def __init__(self, rank: int, kind: str = "naive") -> None:

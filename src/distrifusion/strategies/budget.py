@@ -206,6 +206,7 @@ class Pretended:
     kind = "sync"
     sees_peers = True
     is_slow = False
+    asks_early = False
     recall: Recall | None = None
 
     def __init__(self) -> None:

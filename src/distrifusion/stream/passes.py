@@ -33,6 +33,7 @@ class Pass(Named):
     """
 
     is_slow = False
+    asks_early = False
     sees_peers = True
 
     def __init__(
