@@ -138,10 +138,6 @@ class Wire:
         self._senders: dict[Any, Sender] = {}
         self._receivers: dict[Any, Receiver] = {}
 
-    def has_codec(self, kind: str) -> bool:
-        """Whether values of ``kind`` travel as frames."""
-        return kind in self._codecs
-
     def swap(
         self, name: str, sends: Mapping[int, Tensor], recvs: Mapping[int, Tensor], *, kind: str
     ) -> Pending[Mapping[int, Tensor]]:

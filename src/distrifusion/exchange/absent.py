@@ -19,7 +19,6 @@ class Absent(Named):
 
     kind = "naive"
     is_slow = False
-    asks_early = False
     sees_peers = False
 
     def __init__(self, rank: int, kind: str = "naive") -> None:

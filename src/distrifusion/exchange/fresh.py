@@ -42,11 +42,6 @@ class Fresh(Named):
         """See Exchange."""
         return self._comm.is_slow
 
-    @property
-    def asks_early(self) -> bool:
-        """See Exchange. Not where steps start from this one, or residuals build on it: they are of the rows as read."""
-        return self._slots is None and not self._wire.has_codec("halo")
-
     def neighbours(
         self, key: str, patch: Tensor, plan: Halo, dim: int, kind: str = "halo"
     ) -> Pending[Mapping[int, Tensor]]:

@@ -23,11 +23,6 @@ class Exchange(Protocol):
         """Whether answers take so long that a layer should first compute what it can without them."""
         ...
 
-    @property
-    def asks_early(self) -> bool:
-        """Whether rows of neighbours cost a wait less where they are asked for before moments, and waited for after."""
-        ...
-
     def begin(self) -> None:
         """Start a step."""
         ...
@@ -39,7 +34,7 @@ class Exchange(Protocol):
 
         ``patch`` is the own patch; ``plan.sends`` of its ``dim`` go to the peers. Called on every rank where any rows
         travel. ``kind`` is the seam's, ``"context"`` for keys and values of neighbours alone. The result may be used
-        until the next verb; where it `asks_early`, until the next but one.
+        until the next verb.
         """
         ...
 

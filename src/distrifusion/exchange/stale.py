@@ -32,7 +32,6 @@ class Stale(Named):
 
     kind = "displaced"
     is_slow = False
-    asks_early = False
     sees_peers = True
 
     def __init__(self, comm: Comm, slots: Slots, group_norm: GroupNormMode) -> None:

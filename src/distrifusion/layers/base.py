@@ -2,20 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from ..comm import Pending
-from ..comm.base import Done
 from ..errors import UnsupportedModel
 from ..exchange import Exchange, Recall
 from ..geometry import Levels, Reader, Span, Split, halo
 from .compiled import ask, new_number, place_of
-from .early import can_have_early, early_of
 from .rows import attach, own_rows
 
 
@@ -227,18 +224,6 @@ class HaloLayer(Layer):
         out = outputs.span(frame.patch)
         return self.ask([patch], [len(reader.reads(out)) if len(out) else 0], frame.dim)[0]
 
-    def ask_early(self, patch: Tensor) -> Pending[Mapping[int, Tensor]] | None:
-        """The rows of peers that this layer will attach to what is made of ``patch``, value by value; see early.py.
-
-        None where they should be asked for when they are made. The same on all ranks.
-        """
-        frame = self.frame
-        # Where a compiler gives up, it may do so on some ranks only: a model with graphs asks as these do.
-        if not frame.exchange.asks_early or self._holder.turn or not can_have_early(patch):
-            return None
-        plan = halo(*self.reach(frame), frame.patch)
-        return frame.exchange.neighbours(self.key, patch, plan, frame.dim) if plan.links else None
-
     def answer(self, tensors: list[Tensor], dim: int, question: int) -> Sequence[Tensor]:
         """See Layer."""
         return [self.with_halo(self.frame, tensors[0])]
@@ -249,16 +234,11 @@ def with_halo(frame: Frame, key: str, patch: Tensor, inputs: Split, outputs: Spl
 
     Zeros stand where the layer reads beyond the picture. The result has no rows where the rank owns no output.
     """
-    dim, plan, early = frame.dim, halo(inputs, outputs, reader, frame.patch), early_of(patch)
-    pending: Pending[Mapping[int, Tensor]]
-    if early is not None and early.reader == key:
-        pending = Done(early.rows)
-    elif plan.links or frame.asks_always:
-        pending = frame.exchange.neighbours(key, patch, plan, dim)
-    else:
-        pending = Done({})
+    dim, plan = frame.dim, halo(inputs, outputs, reader, frame.patch)
+    pending = frame.exchange.neighbours(key, patch, plan, dim) if plan.links or frame.asks_always else None
     own = plan.own_alone(frame.patch)
     if own is not None:
-        pending.wait()
+        if pending is not None:
+            pending.wait()
         return patch.narrow(dim, own.start, len(own))
-    return attach(patch, plan, frame.patch, dim, pending.wait)
+    return attach(patch, plan, frame.patch, dim, lambda: pending.wait() if pending is not None else {})

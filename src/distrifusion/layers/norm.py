@@ -10,19 +10,14 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..moments import measure
-from .base import HaloLayer, Layer
-from .early import Early
+from .base import Layer
 
 
 class PatchGroupNorm(Layer):
     """``nn.GroupNorm``: ``[B, C, rows, W]`` or ``[B, C, tokens]`` -> the same shape and dtype.
 
     Moments are float32 for every dtype of the input, the variance is biased, as in torch.
-
-    ``reader``: the layer that reads rows of neighbours of what is made of the result, value by value.
     """
-
-    reader: HaloLayer | None = None
 
     @property
     def forward(self) -> Callable[..., Any]:
@@ -30,34 +25,30 @@ class PatchGroupNorm(Layer):
         return self._forward
 
     def _forward(self, x: Tensor) -> Tensor:
-        x = x.contiguous()
+        module, x = self.module, x.contiguous()
+        batch, channels = x.shape[:2]
         if torch.compiler.is_compiling():
-            own = _measured(x, self.module.num_groups)
-            return self._map(x, self.ask([own], [own.shape[0] - 1], 0)[0].view(2, -1))(x)
-        pending = self.reader.ask_early(x) if self.reader is not None else None
-        normalise = self._map(x, self._moments(x))
-        normed = normalise(x)
-        if pending is not None and self.reader is not None:
-            Early(self.reader.key, pending.wait()).made(normalise).put_on(normed)
-        return normed
-
-    def _map(self, x: Tensor, moments: Tensor) -> Callable[[Tensor], Tensor]:
-        """What the norm does to ``x``, and to rows like those of it; ``moments`` are of the whole picture."""
-        module, (batch, channels) = self.module, x.shape[:2]
+            own = _measured(x, module.num_groups)
+            moments = self.ask([own], [own.shape[0] - 1], 0)[0].view(2, -1)
+        else:
+            moments = self._moments(x)
+        if not x.numel():
+            return x
+        # Batch norm with given statistics is the affine map wanted here, in one pass and with mixed dtypes: one
+        # "channel" per (sample, channel).
         width, dtype = channels // module.num_groups, torch.promote_types(x.dtype, torch.float32)
         mean, var = moments.to(dtype).repeat_interleave(width, dim=1).unbind()
-        weight, bias = (_per_sample(each, batch, dtype) for each in (module.weight, module.bias))
-
-        def normalise(rows: Tensor) -> Tensor:
-            if not rows.numel():
-                return rows
-            # Batch norm with given statistics is the affine map wanted here, in one pass and with mixed dtypes: one
-            # "channel" per (sample, channel).
-            channelwise = rows.view(1, batch * channels, *rows.shape[2:])
-            normed = F.batch_norm(channelwise, mean, var, weight, bias, training=False, momentum=0.0, eps=module.eps)
-            return normed.view(rows.shape)
-
-        return normalise
+        normed = F.batch_norm(
+            x.view(1, batch * channels, *x.shape[2:]),
+            mean,
+            var,
+            _per_sample(module.weight, batch, dtype),
+            _per_sample(module.bias, batch, dtype),
+            training=False,
+            momentum=0.0,
+            eps=module.eps,
+        )
+        return normed.view(x.shape)
 
     def _moments(self, x: Tensor) -> Tensor:
         """Mean and variance of the whole picture, ``[2, batch x groups]``."""

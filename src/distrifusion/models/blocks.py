@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Generator, Iterator, Sequence
+from collections.abc import Generator, Iterator
 from typing import Any
 
 from diffusers.image_processor import IPAdapterMaskProcessor
@@ -183,36 +183,12 @@ def _resnet(walk: Walk, module: Any, name: str, place: Place) -> Iterator[Layer]
     for resample in (module.upsample, module.downsample):
         if resample is not None and not isinstance(resample, nn.Module):
             raise unsupported(module, name, "resamples with a FIR kernel, which is not known")
-    layers = list(walk(module.norm1, f"{name}.norm1", place.then(place.level)))
+    yield from walk(module.norm1, f"{name}.norm1", place.then(place.level))
     for child in ("upsample", "downsample"):
         if getattr(module, child) is not None:
-            layers += walk(getattr(module, child), f"{name}.{child}", place)
+            yield from walk(getattr(module, child), f"{name}.{child}", place)
     skip = ("norm1", "upsample", "downsample")
-    layers += walk.children(module, name, place.then(place.level_out), skip)
-    if type(module.nonlinearity) is nn.SiLU:  # which can be done to rows of neighbours too
-        if module.upsample is None and module.downsample is None:
-            _read(layers, f"{name}.norm1", f"{name}.conv1")
-        if module.time_embedding_norm == "default":  # none between norm and activation
-            _read(layers, f"{name}.norm2", f"{name}.conv2")
-    yield from layers
-
-
-def _read(layers: Sequence[Layer], norm: str, conv: str) -> None:
-    """Tell the norm which of ``layers``, if there is one, reads an activation of what it makes and nothing else."""
-    by_name = {layer.key: layer for layer in layers}
-    reader = by_name.get(conv) or by_name.get(f"{conv}.base_layer")  # with an adapter
-    writer = by_name.get(norm)
-    if isinstance(writer, PatchGroupNorm) and isinstance(reader, PatchConv):
-        writer.reader = reader
-
-
-def ending(walk: Walk, model: Any, level: int) -> Iterator[Layer]:
-    """Layers of the last norm, where there is one, its activation, and the last convolution."""
-    names = ("conv_norm_out", "conv_act", "conv_out") if model.conv_norm_out is not None else ("conv_out",)
-    layers = [layer for name in names for layer in walk(getattr(model, name), name, Place(level, level))]
-    if type(model.conv_act) is nn.SiLU:
-        _read(layers, "conv_norm_out", "conv_out")
-    yield from layers
+    yield from walk.children(module, name, place.then(place.level_out), skip)
 
 
 def _transformer(walk: Walk, module: Any, name: str, place: Place) -> Iterator[Layer]:

@@ -18,12 +18,11 @@ from .blocks import (
     branches_share_batch,
     down_and_mid,
     downsampling_windows,
-    ending,
     levels_of,
     skip_levels,
     walk_over,
 )
-from .table import Call, bind, own_part, residual_part, unsupported
+from .table import Call, Place, bind, own_part, residual_part, unsupported
 
 
 class UNetTable:
@@ -79,7 +78,10 @@ class UNetTable:
                 why = "has FreeU on, a Fourier filter over the picture; call disable_freeu()"
                 raise unsupported(up_block, f"up_blocks.{i}", why)
             level = yield from block(walk, up_block, f"up_blocks.{i}", level, "upsamplers", -1)
-        yield from ending(walk, model, 0)
+        if model.conv_norm_out is not None:
+            yield from walk(model.conv_norm_out, "conv_norm_out", Place(0, 0))
+            yield from walk(model.conv_act, "conv_act", Place(0, 0))
+        yield from walk(model.conv_out, "conv_out", Place(0, 0))
 
     def bind(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Call:
         """See Table."""

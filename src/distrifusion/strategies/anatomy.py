@@ -194,7 +194,6 @@ class _Noting:
     kind = "sync"
     sees_peers = True
     is_slow = False
-    asks_early = False
     recall: Recall | None = None
 
     def __init__(self, layers: Sequence[Layer], batch: int) -> None:

@@ -244,7 +244,6 @@ class _Asking:
     kind = "sync"
     sees_peers = False
     is_slow = False
-    asks_early = False
     recall: Recall | None = None
 
     def begin(self) -> None:

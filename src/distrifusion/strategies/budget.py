@@ -206,7 +206,6 @@ class Pretended:
     kind = "sync"
     sees_peers = True
     is_slow = False
-    asks_early = False
     recall: Recall | None = None
 
     def __init__(self) -> None:

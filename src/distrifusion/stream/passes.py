@@ -33,7 +33,6 @@ class Pass(Named):
     """
 
     is_slow = False
-    asks_early = False
     sees_peers = True
 
     def __init__(

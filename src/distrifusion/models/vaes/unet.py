@@ -9,9 +9,14 @@ from diffusers.models.unets.unet_2d_blocks import UpDecoderBlock2D
 from torch import nn
 
 from ...layers import Layer
-from ..blocks import block, down_and_mid, downsampling_windows, ending
+from ..blocks import block, down_and_mid, downsampling_windows
 from ..table import Place, Walk
 from .plan import HALVING, Pairs, Plan, Tail
+
+
+def _tail(walk: Walk, module: Any, level: int) -> Iterator[Layer]:
+    for name in ("conv_norm_out", "conv_act", "conv_out"):
+        yield from walk(getattr(module, name), name, Place(level, level))
 
 
 def _unet_windows(encoder: Any) -> Pairs:
@@ -20,7 +25,7 @@ def _unet_windows(encoder: Any) -> Pairs:
 
 def _unet_encoder(walk: Walk, encoder: Any, coarsest: int) -> Iterator[Layer]:
     yield from down_and_mid(encoder, walk)
-    yield from ending(walk, encoder, coarsest)
+    yield from _tail(walk, encoder, coarsest)
 
 
 def _doublings(decoder: Any) -> Pairs:
@@ -33,7 +38,7 @@ def _unet_decoder(walk: Walk, decoder: Any, coarsest: int) -> Iterator[Layer]:
     level = coarsest
     for i, each in enumerate(decoder.up_blocks):
         level = yield from block(walk, each, f"up_blocks.{i}", level, "upsamplers", -1)
-    yield from ending(walk, decoder, level)
+    yield from _tail(walk, decoder, level)
 
 
 def _unet_tail(decoder: Any) -> Tail:
