@@ -48,6 +48,22 @@ def test_cases_put_the_bare_model_first_and_one_rank_once() -> None:
     assert names == [("bare model", 1), ("bare model, 4 threads", 1), ("sync", 1), ("sync", 2), ("displaced", 2)]
 
 
+def test_what_the_machine_gives_is_told_by_a_step_on_each_rank(tiny: str) -> None:
+    cases = cases_for(["sync"], [1, 2, 3], 1, at_once=True)
+    assert [(case.name, case.world) for case in cases if case.strategy is None] == [
+        ("bare model", 1),
+        ("bare model, at once", 2),
+        ("bare model, at once", 3),
+    ]
+    plan = Plan(tiny, ((64, 64),), 1, cases, rounds=1, steps=1)
+    for row in found_of(plan)["cases"]:
+        assert (row["messages_per_step"] > 0) == (row["case"] == "sync" and row["world"] > 1)
+        assert len(row["peak_memory_per_rank"]) == row["world"]
+    timings = [Timing(case, (64, 64), [4.0 if case.is_at_once else 3.0], [1.0], [0.0]) for case in cases]
+    ratios = [(row["speedup"], row["share_of_linear"]) for row in summary(plan, timings, "gloo")["cases"]]
+    assert ratios == [(1, 1), (1, 1), (1.5, 0.75), (1, 0.5), (2.25, 0.75), (1, 0.333)]  # two or three steps in 4 s
+
+
 @pytest.mark.parametrize(
     ("name", "millions", "output"),
     [
@@ -320,7 +336,7 @@ def test_the_plot_is_a_picture_with_a_panel_for_each_size(tmp_path: Path) -> Non
     sizes = ((512, 512), (1024, 1024))
     widths = []
     for shown in (sizes[:1], sizes):
-        plan = Plan("sdxl-mini", shown, 1, cases_for(["sync", "displaced"], [1, 2, 4], 4))
+        plan = Plan("sdxl-mini", shown, 1, cases_for(["sync", "displaced"], [1, 2, 4], 4, at_once=True))
         timings = [
             Timing(case, size, [1.0 / max(case.world, case.threads)], [1.0], [0.0])
             for size in shown
@@ -355,7 +371,8 @@ def of_torchrun(monkeypatch: pytest.MonkeyPatch, **given: Any) -> list[Any]:
     lists: dict[str, Any] = {
         name: [] for name in ("worlds", "strategies", "codecs", "patches", "stage_ranks", "strides")
     }
-    unset = dict.fromkeys(("context_window", "balance", "blocks", "height", "width", "plot", "trace", "cuda_graphs"))
+    unset = dict.fromkeys(("context_window", "balance", "blocks", "height", "width", "plot", "trace"))
+    unset |= dict.fromkeys(("cuda_graphs", "at_once"), False)
     short: dict[str, Any] = {"sizes": ["64"], "batch": 1, "rounds": 1, "steps": 1, "dtype": "float32", "device": "cpu"}
     order = command.Order(**{**lists, **unset, **short, **given})
 

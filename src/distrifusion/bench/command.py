@@ -49,6 +49,10 @@ def bench(
         bool,
         typer.Option("--cuda-graphs", help="Of sync, displaced and naive, see generate: without it and with it."),
     ] = False,
+    at_once: Annotated[
+        bool,
+        typer.Option("--at-once", help="Also the bare model on every rank at the same time: what the machine gives."),
+    ] = False,
     size: Annotated[
         list[str] | None, typer.Option(help="Pixels as HEIGHTxWIDTH, or one number for both; may be given again.")
     ] = None,
@@ -82,6 +86,7 @@ def bench(
         patch or [],
         stride or [],
         cuda_graphs,
+        at_once,
         size or [],
         height,
         width,
@@ -113,6 +118,7 @@ class Order:
     stage_ranks: list[int]
     strides: list[int]
     cuda_graphs: bool
+    at_once: bool
     sizes: list[str]
     height: int | None
     width: int | None
@@ -170,6 +176,7 @@ class Order:
                 patch_choices(self.stage_ranks),
                 self.strides or [1],
                 self.cuda_graphs,
+                self.at_once,
             ),
             rounds=self.rounds,
             steps=self.steps,

@@ -20,7 +20,10 @@ DTYPES = ("float32", "bfloat16", "float16")
 
 @dataclass(frozen=True)
 class Case:
-    """One thing to measure. ``strategy`` None is the bare model, with ``threads`` threads."""
+    """One thing to measure.
+
+    ``strategy`` None is the bare model, with ``threads`` threads; or on each of ``world`` ranks at the same time.
+    """
 
     strategy: StrategyName | None
     world: int = 1
@@ -39,7 +42,8 @@ class Case:
     def name(self) -> str:
         """What the table calls it."""
         if self.strategy is None:
-            return "bare model" if self.threads == 1 else f"bare model, {self.threads} threads"
+            extra = [f"{self.threads} threads"] if self.threads > 1 else ["at once"] if self.is_at_once else []
+            return ", ".join(["bare model", *extra])
         parts = [self.strategy, "cfg 2" if self.cfg == 2 else "", self.codec or ""]
         parts += [f"window {self.context_window:g}"] if self.context_window is not None else []
         parts += [f"balance {self.balance}"] if self.balance is not None else []
@@ -49,6 +53,11 @@ class Case:
         parts += [f"blocks {self.blocks}"] if self.blocks is not None else []
         parts += ["graphs"] if self.cuda_graphs else []
         return " ".join(filter(None, parts))
+
+    @property
+    def is_at_once(self) -> bool:
+        """Whether ranks do not share a step, but each has one of its own: what the machine gives when all are busy."""
+        return self.strategy is None and self.world > 1
 
     @property
     def config(self) -> ParallelConfig:
@@ -155,8 +164,11 @@ def cases_for(
     stage_ranks: Sequence[int | None] = (None,),
     strides: Sequence[int] = (1,),
     cuda_graphs: bool = False,
+    at_once: bool = False,
 ) -> tuple[Case, ...]:
     """The bare model on one thread and on ``threads``, then every strategy on every world with every codec.
+
+    With ``at_once``, before the strategies of a world, the bare model on each of its ranks.
 
     One rank is one case, and so are strategies that send nothing that a codec could shorten. ``pipelined`` runs with
     all of ``patches``, ``stage_ranks`` and ``strides`` that go together (see `stagings`); where patches stream,
@@ -172,6 +184,7 @@ def cases_for(
         if world == 1:
             cases.append(Case(strategies[0]))
             continue
+        cases += [Case(None, world)] if at_once else []
         for strategy in strategies:
             if strategy == "pipelined":
                 for settings in staged:

@@ -38,6 +38,10 @@ def draw(found: dict[str, Any], path: Path) -> None:
         for row in rows:
             if row["strategy"] is None and row["threads"] > 1:
                 axes.axhline(row["speedup"], color="0.3", linestyle=":", label=f"one process, {row['threads']} threads")
+        at_once = [row for row in rows if row["strategy"] is None and row["world"] > 1]
+        if at_once:
+            worlds_of, heights = ([row[name] for row in at_once] for name in ("world", "speedup"))
+            axes.plot([1, *worlds_of], [1, *heights], color="0.5", linestyle="-.", label="a step on each rank")
         for name in dict.fromkeys(row["case"] for row in rows if row["strategy"] is not None):
             # One rank is the bare model for every strategy, and is measured for the first alone.
             alone = [row for row in rows if row["strategy"] is not None and row["world"] == 1]

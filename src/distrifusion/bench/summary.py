@@ -19,15 +19,16 @@ def summary(plan: Plan, timings: Sequence[Timing], wire: str) -> dict[str, Any]:
     """The one JSON object: medians, and ratios to the bare model of the same run and size.
 
     ``wire`` is what the ranks talk over. ``speedup_over_threads`` is over one process with all threads, None where that
-    was no case of its own.
+    was no case of its own. Where ranks have a step each, all of these count.
     """
     settings = plan.as_dict()
     settings.pop("cases")
     rows = []
     for timing in timings:
         bare = [other for other in timings if other.size == timing.size and other.case.strategy is None]
-        single = next(other for other in bare if other.case.threads == 1)
+        single = next(other for other in bare if other.case.threads == other.case.world == 1)
         threaded = next((other for other in bare if other.case.threads > 1), None)
+        pace = timing.pace / (timing.case.world if timing.case.is_at_once else 1)
         rows.append(
             {
                 "case": timing.case.name,
@@ -36,9 +37,9 @@ def summary(plan: Plan, timings: Sequence[Timing], wire: str) -> dict[str, Any]:
                 "width": timing.size[1],
                 "seconds_per_step": round(timing.pace, 5),
                 "spread": round(timing.spread, 4),
-                "speedup": round(single.pace / timing.pace, 3),
-                "speedup_over_threads": round(threaded.pace / timing.pace, 3) if threaded else None,
-                "share_of_linear": round(single.pace / timing.pace / max(timing.case.world, timing.case.threads), 3),
+                "speedup": round(single.pace / pace, 3),
+                "speedup_over_threads": round(threaded.pace / pace, 3) if threaded else None,
+                "share_of_linear": round(single.pace / pace / max(timing.case.world, timing.case.threads), 3),
                 "cpu_seconds_per_step": round(median(timing.cpu_seconds), 5),
                 "waited_per_step": round(median(timing.waited), 5),
                 "messages_per_step": timing.messages,
