@@ -17,8 +17,6 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed import distributed_c10d as c10d
 
-from ..errors import PeerLost
-
 Parcel = tuple[int, Tensor]  # rank of the communicator, bytes
 
 
@@ -149,45 +147,3 @@ class DeviceChannel:
             with suppress(RuntimeError, ValueError):  # the user may have destroyed all groups already
                 dist.destroy_process_group(self._group)
         del self._group
-
-
-class UnderWay:
-    """Works that were launched together, with the buffers they use."""
-
-    def __init__(self, channel: Channel, works: list[tuple[Any, list[int]]], buffers: Sequence[Tensor]) -> None:
-        self.channel = channel
-        self.works = works
-        self.buffers = buffers
-
-
-class Lines:
-    """All channels and works of one communicator and of those split from it: they break together.
-
-    Works stay here until they are waited for: Gloo needs them alive, even if the caller forgets them.
-    """
-
-    def __init__(self) -> None:
-        self.channels: list[Channel] = []
-        self.under_way: set[UnderWay] = set()
-        self.broken: str | None = None
-
-    def check(self) -> None:
-        """Raise PeerLost once the lines are broken."""
-        if self.broken is not None:
-            raise PeerLost(f"this communicator is closed: {self.broken}")
-
-    def sever(self, reason: str, *, abort: bool) -> None:
-        """Drop everything; the first reason stays."""
-        if self.broken is None:
-            self.broken = reason
-        for launched in self.under_way:
-            launched.works.clear()  # a work holds its group's sockets open
-        self.under_way.clear()
-        self.release(self.channels, abort=abort)
-
-    def release(self, channels: Sequence[Channel], *, abort: bool) -> None:
-        """Drop some channels."""
-        for channel in list(channels):
-            if channel in self.channels:
-                self.channels.remove(channel)
-                channel.drop(abort=abort)

@@ -7,11 +7,10 @@ from __future__ import annotations
 
 import atexit
 import os
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, suppress
 from datetime import timedelta
 from functools import partial
-from traceback import clear_frames
 from typing import Any
 
 import torch
@@ -21,8 +20,9 @@ from torch.distributed import distributed_c10d as c10d
 
 from ..errors import ConfigError, PeerLost
 from .base import BaseComm, Done, as_bytes, default_timeout
-from .channels import Channel, DeviceChannel, GlooChannel, Lines, UnderWay
+from .channels import Channel, DeviceChannel, GlooChannel
 from .environment import backend_of, device_of, pick_device, read_environment
+from .lines import Launched, Lines, UnderWay, Work, first_line
 from .meter import Meter
 from .protocol import Pending, Route
 from .route import Layout
@@ -103,7 +103,7 @@ class TorchComm(BaseComm):
         except (RuntimeError, ValueError) as failure:  # transport, store; a malformed address
             raise PeerLost(
                 f"the {launched.world} ranks did not come together at {launched.address} "
-                f"(this is rank {launched.rank}): {_first_line(failure)}"
+                f"(this is rank {launched.rank}): {first_line(failure)}"
             ) from failure
         try:
             comm = cls._over_default(device, timeout)
@@ -196,7 +196,7 @@ class TorchComm(BaseComm):
         wire = self._channel((out or into)[0][1])
         with self._losing([peer for peer, _ in (*out, *into)]):
             works = wire.swap(out, into)
-        return _Launched(self, wire, works, [data for _, data in (*out, *into)], None, kind)
+        return self._launched(wire, works, [data for _, data in (*out, *into)], None, kind)
 
     def all_gather(
         self, own: Tensor, sizes: Sequence[int], *, kind: str, into: Tensor | None = None
@@ -219,7 +219,7 @@ class TorchComm(BaseComm):
             work, parts = wire.gather(data, rows)
         ours = [part[: size * item] for part, size in zip(parts, sizes, strict=True)] if is_padded else parts
         result = [part.view(own.dtype) for part in ours]
-        return _Launched(self, wire, [(work, others)], [data, *parts], result, kind)
+        return self._launched(wire, [(work, others)], [data, *parts], result, kind)
 
     def route(self, layout: Layout, *, kind: str) -> Route:
         """See `Comm.route`. Ranks that share memory read each other's words in place."""
@@ -259,7 +259,7 @@ class TorchComm(BaseComm):
         others = [rank for rank in range(self.world) if rank != self.rank] if self.rank == root else [root]
         with self._losing(others):
             works = [(wire.broadcast(data, root), others)]  # a list: it is emptied when the lines are severed
-        _Launched(self, wire, works, [data], None, "control").wait()
+        self._launched(wire, works, [data], None, "control").wait()
         if tensor.device.type != "cpu":
             torch.accelerator.current_stream(tensor.device).synchronize()
 
@@ -299,60 +299,20 @@ class TorchComm(BaseComm):
         assert channel is not None, "this communicator is closed"
         return channel
 
-    @contextmanager
-    def _losing(self, whom: str | Sequence[int]) -> Iterator[None]:
-        """Failures of the transport inside become `PeerLost`, and this rank leaves, so that the loss spreads.
+    def _losing(self, whom: str | Sequence[int]) -> AbstractContextManager[None]:
+        """See `Lines.losing`. ``whom``: the ranks of this communicator that are waited for, or words for them."""
+        return self._lines.losing(self._names[self.rank], partial(self._called, whom), self.timeout)
 
-        ``whom``: the ranks of this communicator that are waited for, or words for them.
-        """
-        try:
-            yield
-        except RuntimeError as failure:
-            me = self._names[self.rank]
-            if not isinstance(whom, str):
-                whom = "rank " + ", ".join(str(self._names[peer]) for peer in sorted(set(whom)))
-            clear_frames(failure.__traceback__)  # their locals hold works, and these the sockets
-            loss = f"rank {me} lost {whom} (waits are limited to {self.timeout:g} s): {_first_line(failure)}"
-            self._lines.sever(loss, abort=True)
-            raise PeerLost(loss) from failure
+    def _called(self, whom: str | Sequence[int]) -> str:
+        if isinstance(whom, str):
+            return whom
+        return "rank " + ", ".join(str(self._names[peer]) for peer in sorted(set(whom)))
 
-
-class _Launched:
-    """A `Pending` over works of a channel. Holds their buffers until they have ended."""
-
-    def __init__(
-        self,
-        comm: TorchComm,
-        wire: Channel,
-        works: list[tuple[Any, list[int]]],
-        buffers: list[Tensor],
-        result: Any,
-        kind: str,
-    ) -> None:
-        self._comm = comm
-        self._launched = UnderWay(wire, works, buffers)
-        self._done = False
-        self._result = result
-        self._kind, self._flight = kind, comm.meter.launched()
-        comm._lines.under_way.add(self._launched)
-
-    def wait(self) -> Any:
-        if self._done:
-            return self._result
-        comm, launched = self._comm, self._launched
-        comm._lines.check()
-        start = comm.meter.waits()
-        try:
-            while launched.works:  # no local name for a work: it would keep the sockets open after a loss
-                with comm._losing(launched.works[0][1]):
-                    launched.channel.finish(launched.works[0][0], comm.timeout)
-                launched.works.pop(0)
-        finally:
-            comm.meter.has_waited(self._kind, start, self._flight)
-        self._done = True
-        comm._lines.under_way.discard(launched)
-        del self._launched
-        return self._result
+    def _launched(
+        self, wire: Channel, works: list[Work], buffers: Sequence[Tensor], result: Any, kind: str
+    ) -> Launched:
+        finish = partial(wire.finish, timeout=self.timeout)
+        return Launched(self._lines, self.meter, UnderWay(wire, works, buffers), finish, self._losing, result, kind)
 
 
 @atexit.register
@@ -360,8 +320,3 @@ def _leave_all() -> None:
     """For scripts that end without a word: Gloo threads that still run then abort the interpreter now and again."""
     for comm in list(_OPEN):
         comm.abort()
-
-
-def _first_line(failure: BaseException) -> str:
-    text = str(failure).strip().splitlines()
-    return text[0][:200] if text else type(failure).__name__
