@@ -18,9 +18,10 @@ from distrifusion.bench import command, memory, plot
 from distrifusion.bench.measure import Bench, Timing
 from distrifusion.bench.memory import PeakMemory
 from distrifusion.bench.plan import Case, Plan, cases_for, parse_sizes
+from distrifusion.bench.shapes import SHAPES, VAES, check_name
 from distrifusion.bench.start import measure
 from distrifusion.bench.summary import summary, table
-from distrifusion.bench.workload import SHAPES, VAES, check_name, load
+from distrifusion.bench.workload import load
 from distrifusion.cli import run
 from distrifusion.comm import Comm
 

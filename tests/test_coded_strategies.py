@@ -11,7 +11,7 @@ from diffusers import UNet2DConditionModel
 from torch import Tensor
 
 import distrifusion as df
-from distrifusion.bench.workload import SHAPES as BENCH_SHAPES
+from distrifusion.bench.shapes import SHAPES as BENCH_SHAPES
 from distrifusion.comm import Comm, Meter
 from distrifusion.forms import CODECS
 from distrifusion.metrics import Report

@@ -14,8 +14,8 @@ import distrifusion as df
 from distrifusion.bench import trace
 from distrifusion.bench.measure import Bench
 from distrifusion.bench.plan import Case, Plan
+from distrifusion.bench.shapes import SHAPES
 from distrifusion.bench.trace import COMPUTE, LANES, SENDS, STEPS, WAITS, _without, refuse_other_clocks
-from distrifusion.bench.workload import SHAPES
 from distrifusion.comm import Comm, Tracer
 from distrifusion.comm.route import Layout
 

@@ -14,7 +14,7 @@ import torch
 from diffusers import UNet2DConditionModel
 
 import distrifusion as df
-from distrifusion.bench.workload import SHAPES
+from distrifusion.bench.shapes import SHAPES
 from distrifusion.comm import Comm
 from distrifusion.forms import CODECS
 from distrifusion.geometry import Levels, Split, Window

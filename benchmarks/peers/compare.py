@@ -27,7 +27,8 @@ from turns import LostError, Ranks
 
 from distrifusion.bench.measure import Timing
 from distrifusion.bench.plan import LATENT, Case
-from distrifusion.bench.workload import SHAPES, TEXT_TOKENS, TRANSFORMERS
+from distrifusion.bench.shapes import SHAPES, TRANSFORMERS
+from distrifusion.bench.workload import TEXT_TOKENS
 from distrifusion.errors import ConfigError
 from distrifusion.forms import codec_choices
 

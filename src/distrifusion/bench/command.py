@@ -140,7 +140,7 @@ class Order:
         from ..config import ParallelConfig
         from ..forms import codec_choices, patch_choices, patches_choices
         from .plan import Plan, cases_for, num_threads, parse_sizes
-        from .workload import VAES, check_name, check_stages, check_streams
+        from .shapes import VAES, check_name, check_stages, check_streams
 
         # A VAE is exact under every strategy.
         names = self.strategies or (["sync"] if self.model in VAES else ["sync", "displaced", "naive"])

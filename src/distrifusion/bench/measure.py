@@ -22,9 +22,10 @@ from ..pipeline import parallelize, report, restore
 from .memory import PeakMemory
 from .picture import Picture
 from .plan import LATENT, Case, Plan
+from .shapes import is_shape
 from .sharing import share_weights
 from .trace import Recorder, merge, refuse_other_clocks
-from .workload import Workload, is_shape, load
+from .workload import Workload, load
 
 
 @dataclass

@@ -99,7 +99,7 @@ class Case:
 
 @dataclass(frozen=True)
 class Plan:
-    """One benchmark run. ``model`` is the name of a shape (see workload.py) or the folder of a pipeline.
+    """One benchmark run. ``model`` is the name of a shape (see shapes.py) or the folder of a pipeline.
 
     ``sizes`` are heights and widths in pixels.
 

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from ..errors import ConfigError, DistrifusionError
 from .plan import Plan
-from .workload import check_name
+from .shapes import check_name
 
 if TYPE_CHECKING:
     from ..comm import Comm
