@@ -8,6 +8,7 @@ from collections.abc import Iterator
 import pytest
 import torch
 
+from distrifusion.comm.hub import Hub
 from process_pool import Processes, ProcessPool, Threads
 
 
@@ -15,6 +16,17 @@ def pytest_collection_finish() -> None:
     """Leave what was imported, a million objects that stay to the end, out of every later round of garbage."""
     gc.collect()
     gc.freeze()
+
+
+def pytest_configure() -> None:
+    """Ranks that are threads take turns: a third less for the processor. Tests of the communicator do without."""
+    Hub.takes_turns = True
+
+
+@pytest.fixture
+def all_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Ranks that are threads work at the same time, as they do outside of tests."""
+    monkeypatch.setattr(Hub, "takes_turns", False)
 
 
 @pytest.fixture(scope="session")

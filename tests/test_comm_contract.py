@@ -14,6 +14,8 @@ from distrifusion.config import ParallelConfig
 from distrifusion.errors import ConfigError
 from distrifusion.mesh import Mesh
 
+pytestmark = pytest.mark.usefixtures("all_at_once")
+
 WORLDS = (1, 2, 3, 5)
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.int64, torch.bool, torch.uint8)
 

@@ -22,6 +22,8 @@ from distrifusion.comm.torch_dist import TorchComm
 from distrifusion.errors import ConfigError, PeerLost
 from process_pool import ProcessPool
 
+pytestmark = pytest.mark.usefixtures("all_at_once")
+
 FAST = 8.0  # seconds; far below the timeout of 25 that a rank would sit out if the loss did not spread
 
 KEPT: list[PeerLost] = []  # as a program may keep them: the frames of a traceback must not hold sockets open

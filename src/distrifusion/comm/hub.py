@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Callable, Hashable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 
 import torch
@@ -49,12 +50,49 @@ class Round:
 class Hub:
     """What the threads share. World ranks throughout; ``scope`` tells communicators made by ``split`` apart."""
 
+    takes_turns = False
+    """Whether one rank works at a time, until it waits.
+
+    A step of a small model is many operations of a few microseconds, and ranks that all work wait for the interpreter
+    before and after each. Larger models would leave cores idle.
+    """
+
     def __init__(self, num_ranks: int) -> None:
+        self._turn = threading.Lock()
+        self._worker: int | None = None  # the thread whose turn it is
         self._lock = threading.Lock()
         self._news = [threading.Condition(self._lock) for _ in range(num_ranks)]  # who waits sleeps on its own
         self._mail: dict[Hashable, Copy] = {}
         self._rounds: dict[Hashable, Round] = {}
         self._gone: dict[int, str] = {}
+
+    @contextmanager
+    def turn(self) -> Iterator[None]:
+        """Around the work of a rank."""
+        if not self.takes_turns:
+            yield
+            return
+        with self._turn:
+            self._worker = threading.get_ident()
+            try:
+                yield
+            finally:
+                self._worker = None
+
+    @contextmanager
+    def _away(self, is_long: bool) -> Iterator[None]:
+        """Around a wait: where it ``is_long``, another rank has its turn meanwhile."""
+        me = threading.get_ident()
+        if not is_long or self._worker != me:  # nobody takes turns, or this is no rank's own thread
+            yield
+            return
+        self._worker = None
+        self._turn.release()
+        try:
+            yield
+        finally:
+            self._turn.acquire()
+            self._worker = me
 
     def leave(self, rank: int, reason: str) -> None:
         """Nothing more comes from ``rank``: whoever waits for it raises. The first reason stays."""
@@ -77,7 +115,7 @@ class Hub:
 
     def fetch(self, key: Hashable, sender: int, rank: int, timeout: float) -> Copy:
         """Wait for the message ``key`` from ``sender`` and take it out."""
-        with self._lock:
+        with self._away(key not in self._mail), self._lock:
             self._wait(rank, lambda: [] if key in self._mail else [sender], timeout)
             return self._mail.pop(key)
 
@@ -96,8 +134,12 @@ class Hub:
 
     def collect(self, table: Round, ranks: Sequence[int], rank: int, timeout: float) -> list[Copy]:
         """Wait for the parts of ``ranks`` in a collective call."""
-        with self._lock:
-            self._wait(rank, lambda: [other for other in ranks if other not in table.parts], timeout)
+
+        def missing() -> list[int]:
+            return [other for other in ranks if other not in table.parts]
+
+        with self._away(bool(missing())), self._lock:
+            self._wait(rank, missing, timeout)
             return [table.parts[other] for other in ranks]
 
     def _wait(self, rank: int, missing: Callable[[], list[int]], timeout: float) -> None:

@@ -59,7 +59,7 @@ def run_ranks(
         try:
             if device.index is not None:
                 torch.accelerator.set_device_index(device.index)
-            with torch.inference_mode(inference), torch.set_grad_enabled(grad):
+            with hub.turn(), torch.inference_mode(inference), torch.set_grad_enabled(grad):
                 results[rank] = fn(ThreadComm(hub, (), tuple(range(num_ranks)), rank, device, timeout, Meter()))
         except BaseException as failure:
             failures.append(failure)
