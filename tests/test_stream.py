@@ -155,6 +155,7 @@ def test_a_step_sends_each_patch_once_over_each_link() -> None:
 # --- no step waits for the one before ---
 
 
+@pytest.mark.usefixtures("all_at_once")
 def test_the_first_stage_is_in_the_next_step_while_the_last_one_is_in_this_one() -> None:
     """The last stage does not finish its last patch before the first stage has begun the next step."""
     case, num_patches, late = CASES["FLUX"], 3, {}
