@@ -19,7 +19,7 @@ def pytest_collection_finish() -> None:
 
 
 def pytest_configure() -> None:
-    """Ranks that are threads take turns: a third less for the processor. Tests of the communicator do without."""
+    """Ranks that are threads take turns: a third less work for the processor. Tests of the communicator do without."""
     Hub.takes_turns = True
 
 

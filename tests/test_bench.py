@@ -288,6 +288,7 @@ def test_sizes() -> None:
         (["--strategy", "pipelined", "--stride", "2", "--patch", "2"], "stride=2 does not go with patch=2"),
         (["--model", "vae-mini", "--stride", "2"], "--stride is about stages of a denoiser, and 'vae-mini' is a VAE's"),
         (["--blocks", "freed"], "blocks='freed' goes with strategy='pipelined' and patches only"),
+        (["--world", "1", "--at-once"], "--at-once is about several ranks, and the only --world is 1: name another"),
         (["--world", "0"], "--world 0 must be at least 1"),
         (["--height", "100"], "--height 100 must be a multiple of 8"),
         (["--size", "512", "--size", "512x100"], "--width 100 must be a multiple of 8"),

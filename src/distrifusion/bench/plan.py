@@ -42,8 +42,8 @@ class Case:
     def name(self) -> str:
         """What the table calls it."""
         if self.strategy is None:
-            extra = [f"{self.threads} threads"] if self.threads > 1 else ["at once"] if self.is_at_once else []
-            return ", ".join(["bare model", *extra])
+            parts = ["bare model", f"{self.threads} threads" if self.threads > 1 else "", "at once" * self.is_at_once]
+            return ", ".join(filter(None, parts))
         parts = [self.strategy, "cfg 2" if self.cfg == 2 else "", self.codec or ""]
         parts += [f"window {self.context_window:g}"] if self.context_window is not None else []
         parts += [f"balance {self.balance}"] if self.balance is not None else []
@@ -178,6 +178,8 @@ def cases_for(
     Raises:
         ConfigError: one of these that goes with none of the others.
     """
+    if at_once and max(worlds) == 1:
+        raise ConfigError("--at-once is about several ranks, and the only --world is 1: name another one")
     staged = stagings(patches=patches, patch=stage_ranks, stride=strides)
     cases = [Case(None)] + ([Case(None, threads=threads)] if threads > 1 else [])
     for world in worlds:

@@ -77,7 +77,7 @@ class Launched:
         lines: of the communicator.
         meter: of the communicator.
         launched: the works.
-        finish: waits for a work of the channel.
+        timeout: seconds of one wait.
         losing: the communicator's `Lines.losing`, of the ranks that a work waits for.
         result: what ``wait`` returns.
         kind: see `Comm`.
@@ -88,13 +88,13 @@ class Launched:
         lines: Lines,
         meter: Meter,
         launched: UnderWay,
-        finish: Callable[[Any], None],
+        timeout: float,
         losing: Callable[[list[int]], AbstractContextManager[None]],
         result: Any,
         kind: str,
     ) -> None:
         self._lines, self._meter, self._launched = lines, meter, launched
-        self._finish, self._losing = finish, losing
+        self._timeout, self._losing = timeout, losing
         self._done = False
         self._result = result
         self._kind, self._flight = kind, meter.launched()
@@ -105,11 +105,11 @@ class Launched:
         if self._done:
             return self._result
         self._lines.check()
-        start, works = self._meter.waits(), self._launched.works
+        start, works, channel = self._meter.waits(), self._launched.works, self._launched.channel
         try:
             while works:  # no local name for a work: it would keep the sockets open after a loss
                 with self._losing(works[0][1]):
-                    self._finish(works[0][0])
+                    channel.finish(works[0][0], self._timeout)
                 works.pop(0)
         finally:
             self._meter.has_waited(self._kind, start, self._flight)

@@ -311,8 +311,8 @@ class TorchComm(BaseComm):
     def _launched(
         self, wire: Channel, works: list[Work], buffers: Sequence[Tensor], result: Any, kind: str
     ) -> Launched:
-        finish = partial(wire.finish, timeout=self.timeout)
-        return Launched(self._lines, self.meter, UnderWay(wire, works, buffers), finish, self._losing, result, kind)
+        launched = UnderWay(wire, works, buffers)
+        return Launched(self._lines, self.meter, launched, self.timeout, self._losing, result, kind)
 
 
 @atexit.register
