@@ -11,7 +11,7 @@ from .absent import Absent
 from .fresh import Fresh, Summed
 from .named import Named
 from .protocol import Exchange, Recall, Sides
-from .rows import outgoing, packed
+from .rows import concatenated, outgoing, packed
 from .stale import Stale, uses_old_moments
 
 __all__ = [
@@ -23,6 +23,7 @@ __all__ = [
     "Sides",
     "Stale",
     "Summed",
+    "concatenated",
     "outgoing",
     "packed",
     "uses_old_moments",

@@ -13,12 +13,17 @@ from ..geometry import Halo
 def outgoing(patch: Tensor, plan: Halo, dim: int) -> dict[int, Tensor]:
     """The rows of ``patch`` that each peer asks for."""
     rows = {peer: [patch.narrow(dim, span.start, len(span)) for span in spans] for peer, spans in plan.sends}
-    return {peer: parts[0] if len(parts) == 1 else torch.cat(parts, dim) for peer, parts in rows.items()}
+    return {peer: concatenated(parts, dim) for peer, parts in rows.items()}
+
+
+def concatenated(parts: Sequence[Tensor], dim: int) -> Tensor:
+    """``parts`` one after the other along ``dim``; one alone is not copied."""
+    return parts[0] if len(parts) == 1 else torch.cat(list(parts), dim)
 
 
 def packed(own: Sequence[Tensor]) -> Tensor:
     """Tensors that differ in their last dim only as one message: side by side in that dim."""
-    return torch.cat(list(own), dim=-1) if len(own) > 1 else own[0].contiguous()
+    return concatenated(own, -1).contiguous()
 
 
 def resized(shape: Sequence[int], dim: int, size: int) -> tuple[int, ...]:

@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..errors import UnsupportedModel
+from ..exchange import concatenated
 from ..geometry import Reader, Span, Split, Window
 from .base import Frame, FrameHolder, HaloLayer
 from .chunks import Pads, convolved
@@ -115,7 +116,7 @@ class PatchConv(HaloLayer):
                 else self._padded(strip, frame, pads, source)  # torch's own zeros: the same bits as without a memory
                 for strip, both, source in zip(strips, sides, sources, strict=True)
             ]
-        return parts[0] if len(parts) == 1 else torch.cat(parts, dim)
+        return concatenated(parts, dim)
 
     def with_halo(self, frame: Frame, patch: Tensor) -> Tensor:
         """See HaloLayer."""

@@ -7,6 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 import torch
 from torch import Tensor
 
+from ..exchange import concatenated
 from ..geometry import Halo, Part, Span, Split, laps
 from .compiled import empty_like_but, layout_of
 
@@ -50,7 +51,7 @@ def rows_of(whole: Tensor, window: Span, dim: int) -> Tensor:
     parts = [whole.narrow(dim, lap.start, len(lap)) for lap in laps(window, whole.shape[dim])]
     if not parts:
         return whole.narrow(dim, 0, 0)
-    return parts[0] if len(parts) == 1 else torch.cat(parts, dim)
+    return concatenated(parts, dim)
 
 
 def put_rows(whole: Tensor, rows: Tensor, window: Span, dim: int) -> None:

@@ -6,10 +6,10 @@ from collections.abc import Callable, Sequence
 from math import prod
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from ..errors import ConfigError, UnsupportedModel
+from ..exchange import concatenated
 from ..geometry import Chain, Span, Window
 from .base import FrameHolder, Layer
 from .rows import rows_of
@@ -54,7 +54,7 @@ class PatchStem(Layer):
             size = x.shape[5 - dim]
             x = rows_of(x, Span(-margin, size + margin), 5 - dim)
         parts = [self._rows(x, along, run) for run in split.runs(frame.patch)]
-        own = parts[0] if len(parts) == 1 else torch.cat(parts, dim)
+        own = concatenated(parts, dim)
         return own.narrow(5 - dim, margin // stride, frame.levels.across[0])
 
     def _rows(self, x: Tensor, along: Sequence[Window], run: Span) -> Tensor:

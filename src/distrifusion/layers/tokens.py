@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..errors import UnsupportedModel
+from ..exchange import concatenated
 from .base import Frame, FrameHolder, Layer
 from .rows import own_rows, put_rows
 
@@ -65,14 +66,14 @@ class Tokens:
 
         def joined(images: list[Tensor]) -> Tensor:
             parts = [*([before] if num_before else []), *images, *([after] if num_after else [])]
-            return parts[0] if len(parts) == 1 else torch.cat(parts, dim)
+            return concatenated(parts, dim)
 
         return image, joined
 
     def exchanged(self, x: Tensor, num_own: int, frame: Frame) -> tuple[Tensor, Callable[[list[Tensor]], Tensor]]:
         """What of keys ``x`` the peers need, ``num_own`` tokens in all, and what puts everyone's in their stead."""
         if num_own == x.shape[self.dim]:  # nothing that all ranks have
-            return x, lambda parts: parts[0] if len(parts) == 1 else torch.cat(parts, self.dim)
+            return x, lambda parts: concatenated(parts, self.dim)
         return self.parts(x, num_own, frame, frame.num_common_guests)
 
     def _ragged_parts(

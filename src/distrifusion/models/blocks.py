@@ -1,4 +1,4 @@
-"""The blocks that the U-Nets and ControlNets of diffusers share: which modules are known, and which seams they have."""
+"""The blocks that the U-Nets and ControlNets of diffusers share: which seams they have."""
 
 from __future__ import annotations
 
@@ -6,15 +6,11 @@ from collections.abc import Generator, Iterator
 from typing import Any
 
 from diffusers.image_processor import IPAdapterMaskProcessor
-from diffusers.models import activations, attention_processor, normalization
-from diffusers.models.attention import BasicTransformerBlock, FeedForward
+from diffusers.models.attention import FeedForward
 from diffusers.models.attention_processor import Attention
 from diffusers.models.downsampling import Downsample2D
-from diffusers.models.embeddings import TimestepEmbedding
 from diffusers.models.resnet import ResnetBlock2D
-from diffusers.models.transformers.dual_transformer_2d import DualTransformer2DModel
 from diffusers.models.transformers.transformer_2d import Transformer2DModel
-from diffusers.models.unets import unet_2d_blocks as blocks
 from diffusers.models.upsampling import Upsample2D
 from torch import nn
 
@@ -32,80 +28,8 @@ from ..layers import (
     PatchUpsample,
 )
 from ..layers.conv import windows
-from .table import Place, Rule, Walk, check_module, unsupported
-
-PROCESSORS: tuple[type, ...] = tuple(
-    getattr(attention_processor, name)
-    for name in (
-        "AttnProcessor",
-        "AttnProcessor2_0",
-        "AttnProcessorNPU",
-        "XFormersAttnProcessor",
-        "SlicedAttnProcessor",
-        "AttnAddedKVProcessor",
-        "AttnAddedKVProcessor2_0",
-        "SlicedAttnAddedKVProcessor",
-        "XFormersAttnAddedKVProcessor",
-        "IPAdapterAttnProcessor",
-        "IPAdapterAttnProcessor2_0",
-        "IPAdapterXFormersAttnProcessor",
-        "PAGIdentitySelfAttnProcessor2_0",
-        "PAGCFGIdentitySelfAttnProcessor2_0",
-    )
-)
-"""Processors that take K and V from ``attn.to_k`` and ``attn.to_v`` and treat queries one by one."""
-
-GUIDANCE_IN_BATCH: tuple[type, ...] = tuple(processor for processor in PROCESSORS if "PAG" in processor.__name__)
-"""Processors that expect all guidance branches in one batch, so that a CFG split would change what they do."""
-
-CONTAINERS: tuple[type, ...] = (
-    nn.ModuleList,
-    nn.ModuleDict,
-    nn.Sequential,
-    nn.ParameterDict,
-    blocks.DownBlock2D,
-    blocks.DownEncoderBlock2D,
-    blocks.UpBlock2D,
-    blocks.UpDecoderBlock2D,
-    blocks.CrossAttnDownBlock2D,
-    blocks.CrossAttnUpBlock2D,
-    blocks.AttnDownBlock2D,
-    blocks.AttnDownEncoderBlock2D,
-    blocks.AttnUpBlock2D,
-    blocks.AttnUpDecoderBlock2D,
-    blocks.ResnetDownsampleBlock2D,
-    blocks.ResnetUpsampleBlock2D,
-    blocks.SimpleCrossAttnDownBlock2D,
-    blocks.SimpleCrossAttnUpBlock2D,
-    blocks.UNetMidBlock2D,
-    blocks.UNetMidBlock2DCrossAttn,
-    blocks.UNetMidBlock2DSimpleCrossAttn,
-    DualTransformer2DModel,
-    BasicTransformerBlock,
-    FeedForward,
-)
-
-LOCAL: tuple[type, ...] = (
-    nn.Embedding,
-    nn.LayerNorm,
-    nn.Dropout,
-    nn.Identity,
-    nn.GELU,
-    nn.ReLU,
-    nn.Mish,
-    activations.GELU,
-    activations.GEGLU,
-    activations.SwiGLU,
-    activations.ApproximateGELU,
-    activations.LinearActivation,
-    activations.FP32SiLU,
-    normalization.RMSNorm,
-    normalization.FP32LayerNorm,
-    normalization.LpNorm,
-    normalization.AdaLayerNorm,
-    normalization.AdaLayerNormZero,
-    TimestepEmbedding,
-)
+from .known import CONTAINERS, GUIDANCE_IN_BATCH, LOCAL, PROCESSORS
+from .walk import Place, Rule, Walk, check_module, unsupported
 
 
 def _conv(walk: Walk, module: nn.Module, name: str, place: Place) -> Iterator[Layer]:

@@ -23,7 +23,8 @@ from .blocks import (
     skip_levels,
     walk_over,
 )
-from .table import Call, Place, Walk, bind, check_module, unsupported
+from .table import Call, bind
+from .walk import Place, Walk, check_module, unsupported
 
 
 class ControlNetTable:

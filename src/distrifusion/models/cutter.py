@@ -12,7 +12,7 @@ from ..errors import ConfigError
 from ..geometry import Span, Split
 from ..layers import FrameHolder, Layer, Sliced, SummedSlice
 from ..layers.slices import Features
-from .table import unsupported
+from .walk import unsupported
 
 _PLAIN = (nn.Linear, nn.Conv2d)
 

@@ -41,10 +41,10 @@ from ..errors import UnsupportedModel
 from ..geometry import Span, Split
 from ..layers import FrameHolder, JoinedSlice, Layer, Sliced, SlicedNorm
 from ..layers.slices import Features, number_of
-from .blocks import PROCESSORS
 from .cutter import Cutter, behind, in_features, out_features, parts, repeated, wide
-from .table import check_module, unsupported
+from .known import PROCESSORS
 from .unet import FAMILIES
+from .walk import check_module, unsupported
 
 COVERED: tuple[type[nn.Module], ...] = (
     *FAMILIES,

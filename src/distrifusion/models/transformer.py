@@ -25,8 +25,9 @@ from ..layers import (
 from ..layers.tokens import LATENTS, TOKENS, Tokens, Words, own_tokens
 from .blocks import Fingerprint, walk_over
 from .plan import Plan, matching
-from .table import Call, bind, check_module, unsupported
-from .table import Place as OnLevel
+from .table import Call, bind
+from .walk import Place as OnLevel
+from .walk import check_module, unsupported
 
 
 class TransformerTable:

@@ -22,7 +22,8 @@ from .blocks import (
     skip_levels,
     walk_over,
 )
-from .table import Call, Place, bind, own_part, residual_part, unsupported
+from .table import Call, bind, own_part, residual_part
+from .walk import Place, unsupported
 
 
 class UNetTable:

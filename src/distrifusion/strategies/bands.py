@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from ..comm import Pending
-from ..exchange import Exchange, Recall
+from ..exchange import Exchange, Recall, concatenated
 from ..geometry import Chain, Halo, Levels, Span, Split, halo
 from ..layers import Band, Frame, FrameHolder, Layer, PatchConv, PatchGroupNorm
 from ..layers.base import HaloLayer
@@ -235,7 +235,7 @@ class _Source:
             inside = span & Span(start, start + rows.shape[self._dim])
             if len(inside):
                 found.append(rows.narrow(self._dim, inside.start - start, len(inside)))
-        return found[0] if len(found) == 1 else torch.cat(found, self._dim)
+        return concatenated(found, self._dim)
 
 
 class _Asking:

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from ..comm import Comm, Pending
 from ..comm.residual import Arriving
+from ..exchange import concatenated
 from ..geometry import Span, Split
 from ..mesh import Mesh
 
@@ -61,7 +62,7 @@ class Guidance:
                 for first in range(0, comm.world, split.num_patches)
                 if shares[branches[first]] is not None
             ]
-            whole = wholes[0] if len(wholes) == 1 else torch.cat(wholes)
+            whole = concatenated(wholes, 0)
             whole = whole.roll(split.origin, dim) if split.origin else whole
             return whole, [part[shape.numel() :] for part, shape in zip(parts, shapes, strict=True)]
 

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from ..comm import Comm, Pending
+from ..exchange import concatenated
 
 
 class Links:
@@ -97,7 +98,7 @@ class Back:
         def wait(self) -> Tensor:
             """That of the whole batch."""
             self.pending.wait()
-            return self.parts[0] if len(self.parts) == 1 else torch.cat(list(self.parts))
+            return concatenated(self.parts, 0)
 
 
 def _pairs(world: int, start: int) -> list[list[int]]:

@@ -5,17 +5,17 @@ from __future__ import annotations
 from diffusers import AutoencoderKL, AutoencoderKLFlux2, AutoencoderKLQwenImage, AutoencoderKLWan, AutoencoderTiny
 from torch import nn
 
-from .. import blocks
-from ..table import Rule
+from .. import blocks, known
+from ..walk import Rule
 from . import tiny, unet, video
 from .plan import Plan
 from .resample import interpolate, pad
 
 SEAMS: dict[type, Rule] = {**blocks.SEAMS, nn.Upsample: interpolate, nn.ZeroPad2d: pad, **video.SEAMS}
 
-CONTAINERS: tuple[type, ...] = (*blocks.CONTAINERS, *tiny.CONTAINERS, *video.CONTAINERS)
+CONTAINERS: tuple[type, ...] = (*known.CONTAINERS, *tiny.CONTAINERS, *video.CONTAINERS)
 
-LOCAL: tuple[type, ...] = (*blocks.LOCAL, *video.LOCAL)
+LOCAL: tuple[type, ...] = (*known.LOCAL, *video.LOCAL)
 
 PLANS: dict[type, tuple[Plan, Plan]] = {
     AutoencoderKL: (unet.ENCODER, unet.DECODER),

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from ...geometry import Window
 from ...layers import Layer
-from ..table import Walk
+from ..walk import Walk
 
 Pairs = list[tuple[Window, Window]]
 """Windows along rows and along columns, from each level to the next coarser one."""

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from ...layers import Layer, PatchInterpolate, PatchPad
-from ..table import Place, Walk, unsupported
+from ..walk import Place, Walk, unsupported
 
 
 def interpolate(walk: Walk, module: Any, name: str, place: Place) -> Iterator[Layer]:

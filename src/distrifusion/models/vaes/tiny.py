@@ -10,7 +10,7 @@ from torch import nn
 
 from ...layers import Layer
 from ...layers.conv import windows
-from ..table import Place, Walk
+from ..walk import Place, Walk
 from .plan import HALVING, Pairs, Plan, Tail
 
 

@@ -11,7 +11,7 @@ from torch import nn
 
 from ...layers import Layer, PatchCausalConv, PatchFrameAttention, PatchRegroup
 from ...layers.conv import windows
-from ..table import Place, Rule, Walk, check_module, unsupported
+from ..walk import Place, Rule, Walk, check_module, unsupported
 from .plan import HALVING, Pairs, Plan, Tail
 from .resample import interpolate
 
