@@ -50,35 +50,57 @@ def ask(
     """The layer's `Asker.answer`: tensors like ``tensors``, the i-th with ``sizes[i]`` along ``dim``.
 
     Args:
-        tensors: what the layer says.
+        tensors: what the layer says, one or two.
         place: of the layer.
         turn: of its model; written to.
         sizes: along ``dim``.
         dim: of all tensors.
         question: which of the layer's.
     """
-    result: list[Tensor] = torch.ops.distrifusion.ask(tensors, place, turn, sizes, dim, question)
-    return result
+    if len(tensors) == 1:
+        return [torch.ops.distrifusion.ask(*tensors, place, turn, sizes, dim, question)]
+    return list(torch.ops.distrifusion.ask_pair(*tensors, place, turn, sizes, dim, question))
 
 
+# Two operators: compilers refuse one that writes to an argument and returns a list.
 @torch.library.custom_op("distrifusion::ask", mutates_args={"turn"})
-def _ask(tensors: list[Tensor], place: Tensor, turn: Tensor, sizes: list[int], dim: int, question: int) -> list[Tensor]:
+def _ask(tensor: Tensor, place: Tensor, turn: Tensor, sizes: list[int], dim: int, question: int) -> Tensor:
+    return _answers([tensor], place, turn, sizes, dim, question)[0]
+
+
+@torch.library.custom_op("distrifusion::ask_pair", mutates_args={"turn"})
+def _ask_pair(
+    first: Tensor, second: Tensor, place: Tensor, turn: Tensor, sizes: list[int], dim: int, question: int
+) -> tuple[Tensor, Tensor]:
+    one, other = _answers([first, second], place, turn, sizes, dim, question)
+    return one, other
+
+
+@_ask.register_fake
+def _(tensor: Tensor, place: Tensor, turn: Tensor, sizes: list[int], dim: int, question: int) -> Tensor:
+    return empty_like_but(tensor, dim, sizes[0])
+
+
+@_ask_pair.register_fake
+def _(
+    first: Tensor, second: Tensor, place: Tensor, turn: Tensor, sizes: list[int], dim: int, question: int
+) -> tuple[Tensor, Tensor]:
+    return empty_like_but(first, dim, sizes[0]), empty_like_but(second, dim, sizes[1])
+
+
+def _answers(
+    tensors: list[Tensor], place: Tensor, turn: Tensor, sizes: list[int], dim: int, question: int
+) -> list[Tensor]:
     turn.add_(1)
     asker: Asker = _ASKERS[int(place)]
-    answers = asker.answer(list(tensors), dim, question)
     results = []
-    for tensor, found, size in zip(tensors, answers, sizes, strict=True):
+    for tensor, found, size in zip(tensors, asker.answer(tensors, dim, question), sizes, strict=True):
         assert found.shape[dim] == size, f"an answer of {tuple(found.shape)} has not {size} along {dim}"
         # An operator's result lies as the compiler was told, in memory of its own.
         shares = any(found.untyped_storage().data_ptr() == other.untyped_storage().data_ptr() for other in tensors)
         layout = layout_of(tensor)
         results.append(found.clone(memory_format=layout) if shares else found.contiguous(memory_format=layout))
     return results
-
-
-@_ask.register_fake
-def _(tensors: list[Tensor], place: Tensor, turn: Tensor, sizes: list[int], dim: int, question: int) -> list[Tensor]:
-    return [empty_like_but(tensor, dim, size) for tensor, size in zip(tensors, sizes, strict=True)]
 
 
 def empty_like_but(like: Tensor, dim: int, size: int) -> Tensor:

@@ -58,8 +58,8 @@ class PatchGroupNorm(Layer):
         return frame.exchange.moments(self.key, _measured(frame.core(x).contiguous(), num_groups))
 
     def answer(self, tensors: list[Tensor], dim: int, question: int) -> Sequence[Tensor]:
-        """See Layer."""
-        return [self.frame.exchange.moments(self.key, tensors[0]).flatten()]
+        """See Layer. The exchange keeps own moments; the compiler writes other things where the graph's were."""
+        return [self.frame.exchange.moments(self.key, tensors[0].clone()).flatten()]
 
 
 def _measured(x: Tensor, num_groups: int) -> Tensor:
