@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+from torch import nn
 
 import distrifusion as df
 from distrifusion import joined
@@ -135,6 +136,41 @@ def test_graphs_are_measured_beside_steps_that_run() -> None:
     cases = cases_for(["sync", "pipelined"], [1, 2], 1, [None, "int8"], cuda_graphs=True)
     assert [case.name for case in cases] == ["bare model", "sync", "sync", "sync int8", "pipelined", "sync graphs"]
     assert (cases[-1].config.cuda_graphs, cases[-1].num_untimed - cases[2].num_untimed) == (True, 1)
+
+
+def test_compiled_cases_stand_beside_those_that_run() -> None:
+    cases = cases_for(["sync", "pipelined", "tensor"], [1, 2], 2, at_once=True, compiled=True)
+    assert [(case.name, case.world) for case in cases if case.compiled] == [
+        ("bare model, compiled", 1),
+        ("sync compiled", 2),
+        ("tensor compiled", 2),
+    ]
+    timings = [Timing(case, (64, 64), [2.0 if case.compiled else 3.0], [1.0], [0.0]) for case in cases]
+    rows = summary(Plan("sdxl-mini", ((64, 64),), 1, cases), timings, "gloo")["cases"]
+    assert [row["speedup"] for row in rows if row["compiled"]] == [1.5] * 3  # over the bare model that is not
+
+
+@pytest.mark.parametrize("name", ["tiny", "pixart-mini"])
+def test_blocks_are_compiled_for_their_cases_alone(tiny: str, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    ran: list[nn.Module] = []
+
+    def compiled(block: nn.Module) -> None:
+        block._compiled_call_impl = lambda *args, **kwargs: ran.append(block) or block._call_impl(*args, **kwargs)
+
+    monkeypatch.setattr(nn.Module, "compile", compiled)
+    plan = Plan(name, ((64, 64),), 1, cases_for(["sync"], [1], 1, compiled=True), rounds=1, steps=1)
+
+    def rank(comm: Comm) -> Any:
+        bench = Bench(plan, comm)
+        bench.measure()
+        return bench._work[64, 64]
+
+    (work,) = df.run_ranks(1, rank)
+    num_blocks = 3 + 1 + 3 if name == "tiny" else len(work.model.transformer_blocks)
+    num_steps = 3  # the compiled bare model's, with those that are not timed
+    assert len(ran) == num_steps * num_blocks
+    assert {id(block) for block in ran} == {id(block) for block in work.blocks}
+    assert not any(module._compiled_call_impl for module in work.model.modules())
 
 
 def test_a_balance_is_asked_of_every_case_of_several_ranks(tiny: str) -> None:
@@ -288,6 +324,7 @@ def test_sizes() -> None:
         (["--strategy", "pipelined", "--stride", "2", "--patch", "2"], "stride=2 does not go with patch=2"),
         (["--model", "vae-mini", "--stride", "2"], "--stride is about stages of a denoiser, and 'vae-mini' is a VAE's"),
         (["--blocks", "freed"], "blocks='freed' goes with strategy='pipelined' and patches only"),
+        (["--model", "vae-mini", "--compile"], "--compile is about denoisers, and 'vae-mini' is a VAE's decode"),
         (["--world", "1", "--at-once"], "--at-once is about several ranks, and the only --world is 1: name another"),
         (["--world", "0"], "--world 0 must be at least 1"),
         (["--height", "100"], "--height 100 must be a multiple of 8"),
@@ -338,7 +375,7 @@ def test_the_plot_is_a_picture_with_a_panel_for_each_size(tmp_path: Path) -> Non
     sizes = ((512, 512), (1024, 1024))
     widths = []
     for shown in (sizes[:1], sizes):
-        plan = Plan("sdxl-mini", shown, 1, cases_for(["sync", "displaced"], [1, 2, 4], 4, at_once=True))
+        plan = Plan("sdxl-mini", shown, 1, cases_for(["sync", "displaced"], [1, 2, 4], 4, at_once=True, compiled=True))
         timings = [
             Timing(case, size, [1.0 / max(case.world, case.threads)], [1.0], [0.0])
             for size in shown
@@ -374,7 +411,7 @@ def of_torchrun(monkeypatch: pytest.MonkeyPatch, **given: Any) -> list[Any]:
         name: [] for name in ("worlds", "strategies", "codecs", "patches", "stage_ranks", "strides")
     }
     unset = dict.fromkeys(("context_window", "balance", "blocks", "height", "width", "plot", "trace"))
-    unset |= dict.fromkeys(("cuda_graphs", "at_once"), False)
+    unset |= dict.fromkeys(("cuda_graphs", "at_once", "compiled"), False)
     short: dict[str, Any] = {"sizes": ["64"], "batch": 1, "rounds": 1, "steps": 1, "dtype": "float32", "device": "cpu"}
     order = command.Order(**{**lists, **unset, **short, **given})
 

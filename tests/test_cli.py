@@ -57,8 +57,9 @@ def test_commands_and_flags() -> None:
     }
     assert flags == {
         "bench": [
-            *("--at-once", "--balance", "--batch", "--blocks", "--codec", "--context-window", "--cuda-graphs"),
+            *("--at-once", "--balance", "--batch", "--blocks", "--codec", "--compile", "--context-window"),
             *(
+                "--cuda-graphs",
                 "--device",
                 "--dtype",
                 "--height",

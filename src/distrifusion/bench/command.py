@@ -53,6 +53,12 @@ def bench(
         bool,
         typer.Option("--at-once", help="Also the bare model on every rank at the same time: what the machine gives."),
     ] = False,
+    compiled: Annotated[
+        bool,
+        typer.Option(
+            "--compile", help="Also with the denoiser's blocks compiled by torch.compile, and the bare model."
+        ),
+    ] = False,
     size: Annotated[
         list[str] | None, typer.Option(help="Pixels as HEIGHTxWIDTH, or one number for both; may be given again.")
     ] = None,
@@ -87,6 +93,7 @@ def bench(
         stride or [],
         cuda_graphs,
         at_once,
+        compiled,
         size or [],
         height,
         width,
@@ -119,6 +126,7 @@ class Order:
     strides: list[int]
     cuda_graphs: bool
     at_once: bool
+    compiled: bool
     sizes: list[str]
     height: int | None
     width: int | None
@@ -138,6 +146,7 @@ class Order:
         """
         from ..choices import check_device, check_staged
         from ..config import ParallelConfig
+        from ..errors import ConfigError
         from ..forms import codec_choices, patch_choices, patches_choices
         from .plan import Plan, cases_for, num_threads, parse_sizes
         from .shapes import VAES, check_name, check_stages, check_streams
@@ -157,6 +166,8 @@ class Order:
             check_streams(self.model, most)
         given = {"--patches": self.patches, "--patch": self.stage_ranks, "--stride": self.strides}
         check_stages(self.model, given)
+        if self.compiled and self.model in VAES:
+            raise ConfigError(f"--compile is about denoisers, and {self.model!r} is a VAE's decode: leave it out")
         check_staged(strategies, given)
         check_device(self.device, cuda_graphs=self.cuda_graphs)
         worlds = sorted(set(self.worlds or default_worlds))
@@ -177,6 +188,7 @@ class Order:
                 self.strides or [1],
                 self.cuda_graphs,
                 self.at_once,
+                self.compiled,
             ),
             rounds=self.rounds,
             steps=self.steps,

@@ -155,6 +155,9 @@ def _spread(work: Workload, case: Case, comm: Comm, num_steps: int) -> Iterator[
     before = torch.get_num_threads()
     torch.set_num_threads(case.threads)
     samples = [work.sample(step) for step in range(num_steps)]
+    blocks = work.blocks if case.compiled else []
+    for block in blocks:
+        block.compile()
     steps: list[Callable[[], None]] = [partial(_to_its_end, work, partial(work.run, sample)) for sample in samples]
     try:
         if case.streams:
@@ -167,6 +170,10 @@ def _spread(work: Workload, case: Case, comm: Comm, num_steps: int) -> Iterator[
             yield steps
     finally:
         restore(work.model)
+        for block in blocks:
+            block._compiled_call_impl = None  # which nn.Module.compile has set
+        if blocks:
+            torch.compiler.reset()  # the next turn has other layers; torch gives up where it has too many graphs
         torch.set_num_threads(before)
 
 

@@ -37,13 +37,14 @@ class Case:
     patch: int | None = None  # ranks of a stage; of other strategies, all that there are
     stride: int = 1
     cuda_graphs: bool = False
+    compiled: bool = False  # the blocks of the model, each by itself
 
     @property
     def name(self) -> str:
         """What the table calls it."""
         if self.strategy is None:
             parts = ["bare model", f"{self.threads} threads" if self.threads > 1 else "", "at once" * self.is_at_once]
-            return ", ".join(filter(None, parts))
+            return ", ".join(filter(None, [*parts, "compiled" * self.compiled]))
         parts = [self.strategy, "cfg 2" if self.cfg == 2 else "", self.codec or ""]
         parts += [f"window {self.context_window:g}"] if self.context_window is not None else []
         parts += [f"balance {self.balance}"] if self.balance is not None else []
@@ -52,6 +53,7 @@ class Case:
         parts += [f"{self.patches} patches"] if self.patches is not None else []
         parts += [f"blocks {self.blocks}"] if self.blocks is not None else []
         parts += ["graphs"] if self.cuda_graphs else []
+        parts += ["compiled"] if self.compiled else []
         return " ".join(filter(None, parts))
 
     @property
@@ -165,6 +167,7 @@ def cases_for(
     strides: Sequence[int] = (1,),
     cuda_graphs: bool = False,
     at_once: bool = False,
+    compiled: bool = False,
 ) -> tuple[Case, ...]:
     """The bare model on one thread and on ``threads``, then every strategy on every world with every codec.
 
@@ -173,7 +176,7 @@ def cases_for(
     One rank is one case, and so are strategies that send nothing that a codec could shorten. ``pipelined`` runs with
     all of ``patches``, ``stage_ranks`` and ``strides`` that go together (see `stagings`); where patches stream,
     ``blocks`` goes with it, and ``balance`` does not. With ``cuda_graphs``, cases of several ranks that can be recorded
-    run without and with.
+    run without and with; with ``compiled``, so do the bare model and all that compiles under several ranks.
 
     Raises:
         ConfigError: one of these that goes with none of the others.
@@ -203,6 +206,9 @@ def cases_for(
     if cuda_graphs:
         able = [case for case in cases if case.world > 1 and case.strategy in RECORDED and case.codec is None]
         cases += [replace(case, cuda_graphs=True) for case in able]
+    if compiled:
+        able = [case for case in cases if case.strategy not in (None, "pipelined") and not case.cuda_graphs]
+        cases += [replace(case, compiled=True) for case in (cases[0], *able) if case is cases[0] or case.world > 1]
     return tuple(cases)
 
 

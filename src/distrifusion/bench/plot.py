@@ -42,10 +42,14 @@ def draw(found: dict[str, Any], path: Path) -> None:
         if at_once:
             worlds_of, heights = ([row[name] for row in at_once] for name in ("world", "speedup"))
             axes.plot([1, *worlds_of], [1, *heights], color="0.5", linestyle="-.", label="a step on each rank")
+        for row in rows:
+            if row["strategy"] is None and row["compiled"]:
+                axes.plot([1], [row["speedup"]], color="0.3", marker="x", linestyle="", label=row["case"])
         for name in dict.fromkeys(row["case"] for row in rows if row["strategy"] is not None):
             # One rank is the bare model for every strategy, and is measured for the first alone.
             alone = [row for row in rows if row["strategy"] is not None and row["world"] == 1]
-            line = alone[:1] + [row for row in rows if row["case"] == name and row["world"] > 1]
+            own = [row for row in rows if row["case"] == name and row["world"] > 1]
+            line = own if own and own[0]["compiled"] else alone[:1] + own
             heights = [row["speedup"] for row in line]
             errors = [row["speedup"] * row["spread"] for row in line]
             axes.errorbar([row["world"] for row in line], heights, errors, marker="o", capsize=3, label=name)

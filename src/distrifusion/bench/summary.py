@@ -12,7 +12,7 @@ import torch
 
 from ..metrics import human_bytes
 from .measure import Timing
-from .plan import Plan
+from .plan import Case, Plan
 
 
 def summary(plan: Plan, timings: Sequence[Timing], wire: str) -> dict[str, Any]:
@@ -26,7 +26,7 @@ def summary(plan: Plan, timings: Sequence[Timing], wire: str) -> dict[str, Any]:
     rows = []
     for timing in timings:
         bare = [other for other in timings if other.size == timing.size and other.case.strategy is None]
-        single = next(other for other in bare if other.case.threads == other.case.world == 1)
+        single = next(other for other in bare if other.case == Case(None))
         threaded = next((other for other in bare if other.case.threads > 1), None)
         pace = timing.pace / (timing.case.world if timing.case.is_at_once else 1)
         rows.append(

@@ -52,6 +52,12 @@ class Workload:
         )
         return (first + 0.01 * drift).to(self.device, self.dtype)
 
+    @property
+    def blocks(self) -> list[nn.Module]:
+        """The blocks of a denoiser that are compiled one by one: those in its lists, and a U-Net's in the middle."""
+        lists = [child for child in self.model.children() if isinstance(child, nn.ModuleList)]
+        return [*(block for each in lists for block in each), *filter(None, [getattr(self.model, "mid_block", None)])]
+
     def run(self, sample: Tensor, share: Tensor | None = None) -> Any:
         """Call the model, at ``share`` of the time that it was given; None: at that time."""
         given = self.arguments
