@@ -1,7 +1,8 @@
 """A model that its user has compiled as a whole: what runs inside of our forward is compiled in the same way.
 
-Our forward itself is not for a compiler: it agrees with peers, keeps time, gathers. So the graph of the user's
-``torch.compile`` breaks where it begins, and the model's own forward is handed to the same compiler again.
+Our forward itself is not for a compiler: it agrees with peers, keeps time, gathers. So the model's own forward is
+handed to the user's compiler again, and what ``torch.compile(model)`` has put around the model lets calls through. The
+graph of ``model.compile`` breaks where our forward begins.
 """
 
 from __future__ import annotations
@@ -25,6 +26,17 @@ class Compiling:
     def __init__(self, model: nn.Module, forward: Callable[..., Any], wrapper: Any = None) -> None:
         self._model, self._forward, self._wrapper = model, forward, wrapper
         self._known: tuple[Any, Callable[..., Any]] = (None, forward)
+        self._around: Callable[..., Any] | None = None  # the wrapper's own forward, while it lets calls through
+
+    def open(self) -> None:
+        """From now on the wrapper lets calls through."""
+        if self._wrapper is not None:
+            self._around, self._wrapper.forward = self._wrapper.forward, self._model.__call__
+
+    def close(self) -> None:
+        """The wrapper compiles again."""
+        if self._around is not None:
+            self._wrapper.forward, self._around = self._around, None
 
     def forward(self) -> Callable[..., Any]:
         """The forward to call in this step."""

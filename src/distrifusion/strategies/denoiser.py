@@ -105,6 +105,7 @@ class ParallelDenoiser:
         self._way.attached()
         self.report = self._new_report()
         self._taken.take(self._forward)
+        self._compiling.open()
         self._is_detached = False
         for condition in self._conditions:
             condition.attach()
@@ -151,6 +152,7 @@ class ParallelDenoiser:
         for condition in self._conditions:
             condition.detach()
         self._layers.detach()
+        self._compiling.close()
         self._taken.give_back()
 
     def is_of(self, mark: Any) -> bool:
