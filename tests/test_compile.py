@@ -13,6 +13,8 @@ from unittest import mock
 
 import pytest
 import torch
+from diffusers import StableDiffusionControlNetPipeline
+from diffusers.models.controlnets.multicontrolnet import MultiControlNetModel
 from torch import Tensor, nn
 from torch._dynamo.backends.registry import lookup_backend
 
@@ -20,6 +22,7 @@ import distrifusion as df
 from distrifusion.layers import compiled as operators
 from models import build as build_unet
 from models import conditioning, distance, latents
+from pipelines import SYNC, controlnet, picture, sample, sd
 from process_pool import ProcessPool
 from transformers_cross import CROSS
 from transformers_joint import JOINT
@@ -181,6 +184,31 @@ def whole_on_ranks(comm: Any, how: str) -> dict[str, Any]:
         "notes": notes,
         "alone": distance(target(**arguments)[0], build(tiny)(**arguments)[0]),
     }
+
+
+def with_controlnets_on_ranks(comm: Any) -> dict[str, Any]:
+    counting = Counting()
+    torch._dynamo.reset()
+    nets = MultiControlNetModel([controlnet(seed=3), controlnet(seed=4)])
+    pipe = sd(StableDiffusionControlNetPipeline, controlnet=nets)
+
+    def paint() -> Tensor:
+        return sample(pipe, image=[picture(1), picture(2)], height=..., width=...)
+
+    truth = paint()
+    pipe.unet = torch.compile(pipe.unet, backend=counting, fullgraph=True)
+    nets.nets[1] = torch.compile(nets.nets[1], backend=counting, fullgraph=True)
+    df.parallelize(pipe, SYNC, comm)
+    found = {"distance": distance(paint(), truth), "seams": counting.seams.copy(), "notes": df.report(pipe).notes}
+    df.restore(pipe)
+    return {**found, "alone": distance(paint(), truth)}
+
+
+def test_a_controlnet_is_compiled_beside_its_unet(pool: ProcessPool) -> None:
+    for found in pool.run(with_controlnets_on_ranks, 2):
+        assert max(found["distance"], found["alone"]) <= EXACT
+        assert len([number for number in found["seams"] if number]) == 2  # a graph each
+        assert found["notes"] == []
 
 
 @pytest.mark.parametrize("how", ["in place", "before"])

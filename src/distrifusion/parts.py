@@ -78,7 +78,8 @@ def text_encoders_of(target: Any) -> dict[str, nn.Module]:
 
 def compiled_wrapper(target: Any, model: nn.Module) -> Any:
     """What ``torch.compile(model)`` made, if it is the target, or in the target."""
-    candidates = [target, *(getattr(target, name, None) for name in DENOISERS)]
+    candidates = [target, *(getattr(target, name, None) for name in (*DENOISERS, "controlnet"))]
+    candidates += getattr(candidates[-1], "nets", None) or []
     return next((each for each in candidates if getattr(each, "_orig_mod", None) is model), None)
 
 

@@ -101,7 +101,8 @@ def parallelize(target: T, config: ParallelConfig | None = None, comm: Comm | No
             feeders: list[ParallelDenoiser] = []
             shared: dict[str, Any] = {"guidance": guidance, "balance": Balance(config, mesh, comm)}
             for table in filter(None, tables):
-                feeders.append(ParallelDenoiser(table, config, comm, timesteps, **shared))
+                wrapper = compiled_wrapper(target, table.model)
+                feeders.append(ParallelDenoiser(table, config, comm, timesteps, wrapper=wrapper, **shared))
                 setattr(table.model, _MARK, feeders[-1])
             own = table_for(model)
             shared |= {"wrapper": compiled_wrapper(target, model), "conditions": conditions, "budget": budget}

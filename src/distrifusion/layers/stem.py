@@ -47,7 +47,8 @@ class PatchStem(Layer):
             return frame.own(0, whole)
         along, across = ([pair[axis] for pair in self._windows] for axis in (dim - 2, 3 - dim))
         self._check(out_size(along, x.shape[dim]), out_size(across, x.shape[5 - dim]))
-        margin, stride = 0, prod(window.stride for window in across)
+        # Lists: torch.compile follows no generator into `prod`.
+        margin, stride = 0, prod([window.stride for window in across])
         if frame.levels.is_ring_across:
             need = Chain(tuple(across)).reads(Span(0, 1))
             margin = max(-(need.start // stride), -(-need.stop // stride) - 1) * stride
@@ -59,7 +60,7 @@ class PatchStem(Layer):
 
     def _rows(self, x: Tensor, along: Sequence[Window], run: Span) -> Tensor:
         """Rows ``run`` of the module's output for the whole picture ``x``."""
-        dim, size, stride = self.frame.dim, x.shape[self.frame.dim], prod(window.stride for window in along)
+        dim, size, stride = self.frame.dim, x.shape[self.frame.dim], prod([window.stride for window in along])
         needed = Chain(tuple(along)).reads(run)
         # On a multiple of the stride, the rows of the slice stay those of the picture through all of the stack; the
         # zeros around the slice reach no row that is needed.
