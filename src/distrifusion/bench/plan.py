@@ -207,8 +207,9 @@ def cases_for(
         able = [case for case in cases if case.world > 1 and case.strategy in RECORDED and case.codec is None]
         cases += [replace(case, cuda_graphs=True) for case in able]
     if compiled:
-        able = [case for case in cases if case.strategy not in (None, "pipelined") and not case.cuda_graphs]
-        cases += [replace(case, compiled=True) for case in (cases[0], *able) if case is cases[0] or case.world > 1]
+        spread = [case for case in cases if case.world > 1 and case.strategy not in (None, "pipelined")]
+        able = [cases[0], *(case for case in spread if not case.cuda_graphs)]
+        cases += [replace(case, compiled=True) for case in able]
     return tuple(cases)
 
 
