@@ -78,8 +78,9 @@ def text_encoders_of(target: Any) -> dict[str, nn.Module]:
 
 def compiled_wrapper(target: Any, model: nn.Module) -> Any:
     """What ``torch.compile(model)`` made, if it is the target, or in the target."""
-    candidates = [target, *(getattr(target, name, None) for name in (*DENOISERS, "controlnet"))]
-    candidates += getattr(candidates[-1], "nets", None) or []
+    controlnet = getattr(target, "controlnet", None)
+    candidates = [target, *(getattr(target, name, None) for name in DENOISERS), controlnet]
+    candidates += getattr(controlnet, "nets", None) or []
     return next((each for each in candidates if getattr(each, "_orig_mod", None) is model), None)
 
 
