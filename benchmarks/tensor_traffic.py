@@ -14,8 +14,7 @@ import torch
 from diffusers import UNet2DConditionModel
 
 import distrifusion as df
-from distrifusion.bench.shapes import SHAPES
-from distrifusion.bench.workload import TEXT_TOKENS
+from distrifusion.bench.shapes import SHAPES, TEXT_TOKENS
 from distrifusion.layers import FrameHolder
 from distrifusion.metrics import human_bytes
 from distrifusion.models import sliced_layers, table_for

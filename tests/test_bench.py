@@ -16,12 +16,13 @@ from torch import nn
 import distrifusion as df
 from distrifusion import joined
 from distrifusion.bench import command, memory, plot
-from distrifusion.bench.measure import Bench, Timing
+from distrifusion.bench.measure import Bench
 from distrifusion.bench.memory import PeakMemory
 from distrifusion.bench.plan import Case, Plan, cases_for, parse_sizes
 from distrifusion.bench.shapes import SHAPES, VAES, check_name
 from distrifusion.bench.start import measure
 from distrifusion.bench.summary import summary, table
+from distrifusion.bench.timing import Timing
 from distrifusion.bench.workload import load
 from distrifusion.cli import run
 from distrifusion.comm import Comm

@@ -25,10 +25,9 @@ from rich.console import Console
 from rich.table import Table
 from turns import LostError, Ranks
 
-from distrifusion.bench.measure import Timing
 from distrifusion.bench.plan import LATENT, Case
-from distrifusion.bench.shapes import SHAPES, TRANSFORMERS
-from distrifusion.bench.workload import TEXT_TOKENS
+from distrifusion.bench.shapes import SHAPES, TEXT_TOKENS, TRANSFORMERS
+from distrifusion.bench.timing import Timing
 from distrifusion.errors import ConfigError
 from distrifusion.forms import codec_choices
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import weakref
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from typing import Any, TypeVar
 
@@ -25,11 +25,11 @@ class Rehearsal:
     ``peak`` is the most bytes that tensors had which were made in it, and what kernels need beside them.
     """
 
-    def __init__(self, mode: FakeTensorMode, known: Iterable[Tensor]) -> None:
+    def __init__(self, mode: FakeTensorMode, model: nn.Module) -> None:
         self._mode = mode
         self._footprint = _Footprint()
-        for tensor in known:
-            self._footprint.know(self.stand_in(tensor))
+        self._model = model
+        self.stand_in(list(_weights(model)))
 
     @property
     def peak(self) -> int:
@@ -50,8 +50,23 @@ class Rehearsal:
     @contextmanager
     def running(self) -> Iterator[None]:
         """Within it, torch computes nothing, and the memory is counted."""
-        with self._mode, self._footprint, torch.no_grad():
+        with self._weightless(), self._mode, self._footprint, torch.no_grad():
             yield
+
+    @contextmanager
+    def _weightless(self) -> Iterator[None]:
+        """Stand-ins in the place of the weights: torch remembers what an operation gives for these, not for others."""
+        tables: list[dict[str, Any]] = []
+        for module in self._model.modules():
+            tables += [module._parameters, module._buffers]
+        taken = [(table, name, each) for table in tables for name, each in table.items() if each is not None]
+        try:
+            for table, name, each in taken:
+                table[name] = self.stand_in(each)
+            yield
+        finally:
+            for table, name, each in taken:
+                table[name] = each
 
 
 def rehearsal(model: nn.Module) -> Rehearsal:
@@ -64,9 +79,8 @@ def rehearsal(model: nn.Module) -> Rehearsal:
         raise UnsupportedModel(
             f"{type(model).__name__} is compiled, so that max_memory cannot be planned; leave one out"
         )
-    weights = [*model.parameters(), *model.buffers()]
-    modes = [weight.fake_mode for weight in weights if isinstance(weight, FakeTensor)]
-    return Rehearsal(modes[0] if modes else FakeTensorMode(allow_non_fake_inputs=True), weights)
+    modes = [weight.fake_mode for weight in _weights(model) if isinstance(weight, FakeTensor)]
+    return Rehearsal(modes[0] if modes else FakeTensorMode(allow_non_fake_inputs=True), model)
 
 
 def imagined(make: Callable[[], nn.Module], dtype: torch.dtype) -> nn.Module:
@@ -88,8 +102,13 @@ def _cast(values: Tensor, dtype: torch.dtype) -> Tensor:
 
 def weight_bytes(*models: nn.Module) -> int:
     """Bytes of the weights and buffers of ``models``, each once."""
-    tensors = {id(each): each for model in models for each in (*model.parameters(), *model.buffers())}
+    tensors = {id(each): each for model in models for each in _weights(model)}
     return sum(each.numel() * each.element_size() for each in tensors.values())
+
+
+def _weights(model: nn.Module) -> Iterator[Tensor]:
+    yield from model.parameters()
+    yield from model.buffers()
 
 
 class _Footprint(TorchDispatchMode):  # type: ignore[no-untyped-call]

@@ -9,9 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
 from functools import partial
-from statistics import median, quantiles
 from time import perf_counter, process_time
 from typing import Any
 
@@ -24,34 +22,9 @@ from .picture import Picture
 from .plan import LATENT, Case, Plan
 from .shapes import is_shape
 from .sharing import share_weights
+from .timing import Timing
 from .trace import Recorder, merge, refuse_other_clocks
 from .workload import Workload, load
-
-
-@dataclass
-class Timing:
-    """What rank 0 measured of one case at one size ``(height, width)`` in pixels."""
-
-    case: Case
-    size: tuple[int, int]
-    seconds: list[float] = field(default_factory=list)  # per timed step
-    cpu_seconds: list[float] = field(default_factory=list)  # per step, summed over the case's ranks
-    waited: list[float] = field(default_factory=list)  # host seconds per step in waits, rank 0
-    messages: float = 0  # per step and rank
-    num_bytes: int = 0
-    slot_bytes: int = 0  # memory for late messages, rank 0
-    peaks: list[int | None] = field(default_factory=list)  # bytes of memory, by rank; None: not known
-
-    @property
-    def pace(self) -> float:
-        """Median seconds per step."""
-        return median(self.seconds)
-
-    @property
-    def spread(self) -> float:
-        """Half the distance between the quartiles, over the median."""
-        low, _, high = quantiles(self.seconds, n=4) if len(self.seconds) > 1 else [self.pace] * 3
-        return (high - low) / 2 / self.pace
 
 
 class Bench:

@@ -8,6 +8,8 @@ from typing import Any
 
 from ..errors import ConfigError
 
+TEXT_TOKENS = 77  # of CLIP's encoders
+
 _SDXL: dict[str, Any] = {
     "in_channels": 4,
     "out_channels": 4,

@@ -11,8 +11,8 @@ from typing import Any
 import torch
 
 from ..metrics import human_bytes
-from .measure import Timing
 from .plan import Case, Plan
+from .timing import Timing
 
 
 def summary(plan: Plan, timings: Sequence[Timing], wire: str) -> dict[str, Any]:

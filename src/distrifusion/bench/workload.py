@@ -11,9 +11,8 @@ from torch import Tensor, nn
 
 from ..models import Call
 from .plan import LATENT
-from .shapes import SHAPES, TRANSFORMERS, VAES, check_name, has_part, is_shape
+from .shapes import SHAPES, TEXT_TOKENS, TRANSFORMERS, VAES, check_name, has_part, is_shape
 
-TEXT_TOKENS = 77
 TIME = 500
 
 Given = tuple[tuple[int, ...], dict[str, Any]]
