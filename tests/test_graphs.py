@@ -142,6 +142,24 @@ def test_pictures_of_pipelines_are_the_same(make: Any, world: int, cfg: int) -> 
 
 
 @pytest.mark.usefixtures("on_cpu")
+def test_steps_recorded_in_inference_mode_are_played_outside_of_it() -> None:
+    config = df.ParallelConfig(warmup_steps=3, cuda_graphs=True)
+    calls = unet_calls(9)
+
+    def rank(comm: Comm, modes: tuple[Any, ...]) -> list[Tensor]:
+        model, results = df.parallelize(build(UNET), config, comm), []
+        for i, call in enumerate(calls):
+            with modes[i % len(modes)]():
+                results.append(model(**call)[0].clone())
+        return results
+
+    modes = torch.inference_mode, torch.inference_mode, torch.no_grad
+    wanted = df.run_ranks(2, lambda comm: rank(comm, (torch.no_grad,)))
+    for found, truth in zip(df.run_ranks(2, lambda comm: rank(comm, modes)), wanted, strict=True):
+        assert max(distance(one, other) for one, other in zip(found, truth, strict=True)) <= EXACT
+
+
+@pytest.mark.usefixtures("on_cpu")
 def test_rows_that_change_are_recorded_anew() -> None:
     """``balance="measured"`` moves them once; what was recorded is about others."""
     config = df.ParallelConfig(strategy="sync", balance="measured", warmup_steps=4, cuda_graphs=True)

@@ -266,6 +266,28 @@ def test_two_pictures_in_a_row_are_what_each_is_alone(strategy: Any) -> None:
             assert all(torch.equal(mine, theirs) for mine, theirs in zip(picture, wanted, strict=True))
 
 
+@pytest.mark.parametrize(
+    "settings", [{}, {"codec": "int8"}, {"strategy": "shifted", "warmup_steps": 1}, {"strategy": "pipelined"}]
+)
+def test_each_step_may_run_in_another_mode(settings: dict[str, Any]) -> None:
+    """What a step leaves behind in inference mode is read, and written over, by those outside of it."""
+    name, config = "ddpm", displaced(**settings)
+    samples = walk(name, 6, 1, 12, 12)
+
+    def rank(comm: Comm, modes: tuple[Any, ...]) -> list[Tensor]:
+        model = df.parallelize(build(name), config, comm)
+        results = []
+        for i, sample in enumerate(samples):
+            with modes[i % len(modes)]():
+                results.append(model(sample, 900 - 50 * i).sample.clone())
+        return results
+
+    modes = torch.inference_mode, torch.inference_mode, torch.no_grad
+    wanted = df.run_ranks(2, lambda comm: rank(comm, (torch.no_grad,)))
+    for found, truth in zip(df.run_ranks(2, lambda comm: rank(comm, modes)), wanted, strict=True):
+        assert all(distance(mine, theirs) <= EXACT for mine, theirs in zip(found, truth, strict=True))
+
+
 def test_reset_starts_a_picture() -> None:
     name = "ddpm"
     samples = walk(name, 4, 1, 12, 12)

@@ -32,8 +32,9 @@ class Place(NamedTuple):
 
     def view(self, messages: Mapping[int, Tensor]) -> Tensor:
         """The tensor in ``messages``, by lane."""
-        room = messages[self.lane][self.offset : self.offset + self.spec.num_bytes]
-        return room.view(self.spec.dtype).view(self.spec.shape)
+        with torch.inference_mode(False):  # written in whatever mode the caller's next step runs
+            room = messages[self.lane][self.offset : self.offset + self.spec.num_bytes]
+            return room.view(self.spec.dtype).view(self.spec.shape)
 
 
 class Packing:

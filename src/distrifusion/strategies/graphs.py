@@ -107,20 +107,22 @@ class Graphs:
         Raises:
             UnsupportedModel: the model looks at values on the host, or else cannot be recorded.
         """
-        inputs = self._filled(call)
-        key = kind, self._inputs.index(inputs)
-        if key not in self._kinds:
-            self._kinds[key] = None
-            return model(**inputs.arguments)
-        recorded = self._kinds[key]
-        if recorded is None:
-            recorded = self._kinds[key] = self._record(model, inputs, frame, slots)
-        else:
-            recorded.tape.play()
-            frame.ragged = recorded.ragged
-            if slots is not None:
-                slots.due = recorded.due
-        return tree_map_only(Tensor, Tensor.clone, recorded.result)
+        # What a step leaves behind is written to in whatever mode the caller's next step runs.
+        with torch.inference_mode(False), torch.no_grad():
+            inputs = self._filled(call)
+            key = kind, self._inputs.index(inputs)
+            if key not in self._kinds:
+                self._kinds[key] = None
+                return model(**inputs.arguments)
+            recorded = self._kinds[key]
+            if recorded is None:
+                recorded = self._kinds[key] = self._record(model, inputs, frame, slots)
+            else:
+                recorded.tape.play()
+                frame.ragged = recorded.ragged
+                if slots is not None:
+                    slots.due = recorded.due
+            return tree_map_only(Tensor, Tensor.clone, recorded.result)
 
     def _filled(self, call: Call) -> _Inputs:
         if isinstance(call.time, int | float):  # another one in each step: as the tensor that models make of it
