@@ -75,6 +75,14 @@ def test_sizes_are_known_before_the_values(name: str, shape: tuple[int, ...]) ->
 
 
 @pytest.mark.parametrize("name", CODECS)
+def test_the_layout_in_memory_does_not_matter(name: str) -> None:
+    """Halos of channels-last activations come in theirs."""
+    codec, last = codec_of(name), noise((1, 3, 8, 6)).permute(0, 3, 1, 2)  # [1, 6, 3, 8]
+    for part in (last, last[:, :, :1]):  # the latter is a matrix as it lies, its columns side by side
+        assert torch.equal(codec.encode(part), codec.encode(part.contiguous()))
+
+
+@pytest.mark.parametrize("name", CODECS)
 def test_bytes_by_hand(name: str) -> None:
     """500 tokens x 41 channels; a factor for each token and each channel where bits are fewer than 16."""
     factors = 2 * 250 + 41

@@ -14,8 +14,8 @@ from diffusers.models.upsampling import Upsample2D
 from torch import Tensor, nn
 
 import distrifusion as df
-from distrifusion.exchange import Fresh
-from distrifusion.geometry import Levels, Split
+from distrifusion.exchange import Absent, Fresh
+from distrifusion.geometry import Levels, Span, Split
 from distrifusion.layers import (
     Frame,
     FrameHolder,
@@ -368,6 +368,36 @@ def test_upsample(finer: tuple[int, int], use_conv: bool, dim: int) -> None:
         coarse = fine.strided(2, x.shape[dim])
         levels = Levels((coarse, fine), (x.shape[5 - dim], across))
         assert distance(in_patches(module, attach, x, levels, dim), truth) <= EXACT, fine
+
+
+@pytest.mark.parametrize("rows", [1, 3, 5, 6])
+@pytest.mark.parametrize("dim", [2, 3], ids=["rows", "cols"])
+@pytest.mark.parametrize(
+    ("module", "extra", "truth"),
+    [
+        (nn.AvgPool2d(2), (0, 0), lambda x: nn.functional.avg_pool2d(x, 2, ceil_mode=True)),
+        # A row and a column of zeros after the picture, as the module around it pads, and one more where rows are odd.
+        (
+            nn.Conv2d(3, 2, 3, stride=2),
+            (0, 1),
+            lambda x: nn.functional.pad(x, [n for i in (3, 2) for n in (0, 1 + x.shape[i] % 2)]),
+        ),
+    ],
+    ids=["pooling", "convolution"],
+)
+def test_half_of_the_rows_of_a_patch_that_stands_alone_is_rounded_up(
+    module: Any, extra: tuple[int, int], truth: Any, dim: int, rows: int
+) -> None:
+    x = noise(2, 3, *((rows, 4) if dim == 2 else (4, rows)))
+    wanted = truth(x) if isinstance(module, nn.AvgPool2d) else prepared(module)(truth(x))
+    window, picture = windows(module, extra)[0], Split((0, rows, 12))
+    holder = FrameHolder()
+    levels = Levels((picture, picture.strided(2, window.out_size(12))), (4, 2), (2,)).alone(Span(0, rows))
+    holder.frame = Frame(0, dim, levels, Absent(0, "naive"))
+    with torch.no_grad():
+        found = PatchConv(module, "", holder, level=0, level_out=1, extra=extra).forward(x)
+    assert found.shape[dim] == -(-rows // 2)
+    assert distance(found, wanted) <= EXACT
 
 
 @pytest.mark.parametrize("dim", [2, 3], ids=["rows", "cols"])

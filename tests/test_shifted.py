@@ -106,6 +106,24 @@ def _wrap_across(module: Any, dim: int) -> None:
     module.register_forward_pre_hook(lambda _, args: (torch.nn.functional.pad(args[0], pads, mode="circular"),))
 
 
+@pytest.mark.parametrize("settings", [{"shift": 0}, {"overlap": 1}, {"shift": 3, "remember": True}])
+@pytest.mark.parametrize(("name", "world"), [("resnet-resample", 3), ("deepfloyd", 5), ("ddpm", 7)])
+def test_patches_of_odd_rows_of_models_that_halve_even_ones(name: str, world: int, settings: dict[str, Any]) -> None:
+    """Down to a single row: a picture that all ranks have, and not one of something else, which would be 1.4 away."""
+    sample, arguments = latents(name, 1, 16, 8), conditioning(name, 1)
+
+    def rank(comm: Comm) -> list[Tensor]:
+        model = df.parallelize(build(name), shifted(**settings), comm)
+        return [model(sample, 900, **arguments).sample for _ in range(3)]
+
+    truth = build(name)(sample, 900, **arguments).sample
+    first, *others = df.run_ranks(world, rank)
+    for result in first:
+        assert OTHER < distance(result, truth) < 1.4
+    for results in others:
+        assert all(torch.equal(mine, theirs) for mine, theirs in zip(results, first, strict=True))
+
+
 def test_the_two_parts_of_a_patch_that_the_edge_divides_do_not_touch() -> None:
     """Two strips joined by nothing but attention and norms: those of one strip alone, when the other is the same."""
     name = "ddim"

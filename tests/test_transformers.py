@@ -124,6 +124,17 @@ def test_patches_that_move_and_remember_come_to_equal_one_device(name: str, worl
         assert min(distance(result, truth) for result in results[-world:]) <= bound
 
 
+@pytest.mark.parametrize(("name", "world"), list(zip(MODELS, cycle((2, 3, 5)), strict=False)))
+def test_patches_that_move_know_what_a_synchronous_step_has_told_them(name: str, world: int) -> None:
+    """Of the picture all there is, and of the text, which each of them computes, nothing twice."""
+    arguments = MODELS[name].arguments(2, ROWS, COLS)
+    truth = one_device(name, arguments)
+    config = df.ParallelConfig(strategy="shifted", warmup_steps=1, shift=2)
+    for results in on_ranks(name, world, config, arguments, 4):
+        # Of sums over tokens, what is remembered is taken in proportion.
+        assert all(distance(result, truth) <= (0.5 if name == "sana" else EXACT) for result in results)
+
+
 @pytest.mark.parametrize("name", MODELS)
 def test_displaced_reads_the_peers_one_step_late(name: str) -> None:
     """With another input in the second step, the result is another than sync's, and than that of no exchange."""

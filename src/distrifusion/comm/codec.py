@@ -77,7 +77,8 @@ class _Quantised:
         """See Codec."""
         if not residual.numel():
             return residual.new_empty(0, dtype=torch.uint8)
-        scales, codes = self._quantise(residual.reshape(_matrix(residual.shape)))
+        # Halos of channels-last activations come in their layout, which the codes would keep.
+        scales, codes = self._quantise(residual.reshape(_matrix(residual.shape)).contiguous())
         return torch.cat([scales, pack(codes.view(-1), self.bits)])
 
     def decode(self, payload: Tensor, shape: Sequence[int]) -> Tensor:

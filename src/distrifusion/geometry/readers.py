@@ -40,6 +40,10 @@ class Window:
         """Output rows for ``size`` input rows."""
         return (size + sum(self.padding) - self.reach) // self.stride + 1
 
+    def lack(self, size: int, outputs: int) -> int:
+        """Rows that ``outputs`` ask for beyond ``size`` input rows and the padding after them."""
+        return max((outputs - 1) * self.stride + self.reach - size - sum(self.padding), 0)
+
     def reads(self, out: Span) -> Span:
         """See Reader."""
         start = out.start * self.stride - self.padding[0]

@@ -99,22 +99,29 @@ class PatchConv(HaloLayer):
     def _alone(self, x: Tensor, frame: Frame) -> Tensor:
         if self.reads_whole:
             x = frame.own(self.level, x)
-        dim, pads = frame.dim, self.windows[frame.dim - 2].padding
-        strips = frame.strips(self.level, x)
+        dim, window = frame.dim, self.windows[frame.dim - 2]
+        pads, strips = window.padding, frame.strips(self.level, x)
         sources = [source_of(strip, self.module, frame) for strip in strips]
+        # Half of an odd number of rows is rounded up, and not all models would do so.
+        sizes = zip(strips, frame.levels.strips[self.level_out], strict=True)
+        ends = [window.lack(strip.shape[dim], rows) for strip, rows in sizes]
+        if isinstance(self.module, nn.AvgPool2d):  # whose mean is of rows that are there
+            strips = [_lengthened(strip, end, dim) for strip, end in zip(strips, ends, strict=True)]
+            ends = [0] * len(ends)
+        every = list(zip(strips, sources, ends, strict=True))
         if frame.recall is None or not any(pads):
-            parts = [self._padded(strip, frame, pads, source) for strip, source in zip(strips, sources, strict=True)]
+            parts = [self._padded(strip, frame, (pads[0], pads[1] + end), source) for strip, source, end in every]
         elif torch.compiler.is_compiling():
             rows = [strip.shape[dim] + sum(pads) for strip in strips]
             wider = torch.split(self.ask([x], [sum(rows)], dim)[0], rows, dim)
-            parts = [self._padded(strip, frame, (0, 0)) for strip in wider]
+            parts = [self._padded(strip, frame, (0, end)) for strip, end in zip(wider, ends, strict=True)]
         else:
             sides = frame.recall.beside(self.key, x, self.level, pads, dim)
             parts = [
-                self._padded(between(strip, *both, pads, dim), frame, (0, 0), source)
+                self._padded(between(strip, *both, pads, dim), frame, (0, end), source)
                 if any(rows is not None for rows in both)
-                else self._padded(strip, frame, pads, source)  # torch's own zeros: the same bits as without a memory
-                for strip, both, source in zip(strips, sides, sources, strict=True)
+                else self._padded(strip, frame, (pads[0], pads[1] + end), source)  # torch's own zeros: the same bits
+                for (strip, source, end), both in zip(every, sides, strict=True)
             ]
         return concatenated(parts, dim)
 
@@ -178,6 +185,11 @@ def apply(module: Any, x: Tensor, padding: Pads) -> Tensor:
     if isinstance(module, nn.AvgPool2d):
         return F.avg_pool2d(x, module.kernel_size, module.stride, padding, divisor_override=module.divisor_override)
     return F.conv2d(x, module.weight, module.bias, module.stride, padding, module.dilation, module.groups)
+
+
+def _lengthened(x: Tensor, num: int, dim: int) -> Tensor:
+    """With its last row ``num`` times more."""
+    return torch.cat([x] + [x.narrow(dim, x.shape[dim] - 1, 1)] * num, dim) if num else x
 
 
 def padded(x: Tensor, pads: tuple[Pads, Pads], rings: tuple[bool, bool]) -> tuple[Tensor, Pads]:

@@ -66,13 +66,14 @@ def traffic(
         _summed(said, anatomy, share, rank % num_patches, num_patches)
     stands_alone = config.strategy == "naive" or (config.strategy == "shifted" and step >= config.warmup_steps)
     if num_patches > 1 and not stands_alone and config.strategy != "tensor":
-        ranks = [Rank(anatomy, levels, config, share, patch) for patch in range(num_patches)]
+        is_noted = config.strategy == "shifted" and config.remember and step == config.warmup_steps - 1
+        ranks = [Rank(anatomy, levels, config, share, patch, not is_noted) for patch in range(num_patches)]
         own = ranks[rank % num_patches]
         if config.strategy == "displaced" and step > config.warmup_steps:
             _displaced(said, own, ranks)
         else:
             _synchronous(said, own, ranks, coded=config.strategy == "sync" and step > 0)
-            if config.strategy == "shifted" and config.remember and step == config.warmup_steps - 1:
+            if is_noted:
                 _noted(said, anatomy, levels, config, share)
     groups = config.cfg if share < batch else 1
     rows = max(levels.splits[0].sizes) if config.strategy != "tensor" else ceil(levels.splits[0].size / num_patches)

@@ -33,11 +33,13 @@ class Said:
 
 
 class Rank:
-    """One rank's words of a step, seam by seam."""
+    """One rank's words of a step, seam by seam. ``shares_out``: it computes its share of what is not of the picture."""
 
-    def __init__(self, anatomy: Anatomy, levels: Levels, config: ParallelConfig, batch: int, patch: int) -> None:
+    def __init__(
+        self, anatomy: Anatomy, levels: Levels, config: ParallelConfig, batch: int, patch: int, shares_out: bool
+    ) -> None:
         self._anatomy, self._levels, self.config = anatomy, levels, config
-        self._batch, self.patch = batch, patch
+        self._batch, self.patch, self._shares_out = batch, patch, shares_out
         self.num_patches = levels.splits[0].num_patches
 
     @cached_property
@@ -71,7 +73,7 @@ class Rank:
 
     def _share(self, count: int) -> int:
         """Tokens of ``count`` that this rank computes for all, in proportion to its rows; 0 where all compute all."""
-        shares = self._levels.splits[-1].shares(count)
+        shares = self._levels.splits[-1].shares(count) if self._shares_out else None
         return 0 if shares is None else shares.sizes[self.patch]
 
     def _rows_for(self, seam: Conv | Upsampling | Context, peer: int) -> int:

@@ -81,8 +81,8 @@ class Cutting:
         frame = Frame(
             patch, self.dim, levels, exchange, third, num_guests, None, window, memory=memory, chunk=self.chunk
         )
-        if frame.sees_peers and self.moved is None:  # who is alone has to compute all of them
-            share_out(frame, self._table.num_words(call))
+        if frame.sees_peers and self.moved is None and frame.recall is None:
+            share_out(frame, self._table.num_words(call))  # who is alone has to compute all, and to remember none
         return frame
 
     def moves(self, call: Call, state: State, picture: Levels, feeders: Sequence[Cutting]) -> Moved | None:
