@@ -135,6 +135,22 @@ def test_patches_that_move_know_what_a_synchronous_step_has_told_them(name: str,
         assert all(distance(result, truth) <= (0.5 if name == "sana" else EXACT) for result in results)
 
 
+@pytest.mark.parametrize("name", ["flux", "qwen", "qwen-layers", "z-image"])
+def test_a_step_that_was_planned_leaves_nothing_behind(name: str) -> None:
+    """Tables of positions that a model makes when they are first asked for, and keeps."""
+    arguments = MODELS[name].arguments(2, ROWS, COLS)
+    truth = one_device(name, arguments)
+    config = df.ParallelConfig(strategy="sync", max_memory="4GiB")
+    for (result,) in on_ranks(name, 2, config, arguments):
+        assert distance(result, truth) <= EXACT
+
+
+def test_a_model_that_looks_at_values_is_not_planned() -> None:
+    said = r"Lumina2Transformer2DModel looks at values while it runs \(.*\), so that max_memory cannot be planned"
+    with pytest.raises(df.UnsupportedModel, match=said):
+        on_ranks("lumina2", 2, df.ParallelConfig(max_memory="4GiB"), MODELS["lumina2"].arguments(1, ROWS, COLS))
+
+
 @pytest.mark.parametrize("name", MODELS)
 def test_displaced_reads_the_peers_one_step_late(name: str) -> None:
     """With another input in the second step, the result is another than sync's, and than that of no exchange."""

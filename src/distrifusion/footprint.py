@@ -3,14 +3,21 @@
 from __future__ import annotations
 
 import ctypes
+import inspect
 import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
+from types import MethodType
 from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+from torch._subclasses.fake_tensor import (
+    DataDependentOutputException,
+    DynamicOutputShapeException,
+    FakeTensor,
+    FakeTensorMode,
+)
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map_only
 
@@ -49,24 +56,80 @@ class Rehearsal:
 
     @contextmanager
     def running(self) -> Iterator[None]:
-        """Within it, torch computes nothing, and the memory is counted."""
-        with self._weightless(), self._mode, self._footprint, torch.no_grad():
-            yield
+        """Within it, torch computes nothing, and the memory is counted.
+
+        Raises:
+            UnsupportedModel: the model asks what is in a tensor.
+        """
+        try:
+            with self._weightless(), self._mode, self._footprint, torch.no_grad():
+                yield
+        except (DataDependentOutputException, DynamicOutputShapeException) as failure:
+            raise UnsupportedModel(
+                f"{type(self._model).__name__} looks at values while it runs ({failure.func}), so that max_memory "
+                "cannot be planned; leave it out"
+            ) from failure
 
     @contextmanager
     def _weightless(self) -> Iterator[None]:
         """Stand-ins in the place of the weights: torch remembers what an operation gives for these, not for others."""
-        tables: list[dict[str, Any]] = []
-        for module in self._model.modules():
-            tables += [module._parameters, module._buffers]
-        taken = [(table, name, each) for table in tables for name, each in table.items() if each is not None]
-        try:
-            for table, name, each in taken:
-                table[name] = self.stand_in(each)
+        with _as_before(self._model):
+            for module in self._model.modules():
+                tables: tuple[dict[str, Any], ...] = module._parameters, module._buffers
+                for table in tables:
+                    table.update({name: self.stand_in(each) for name, each in table.items() if each is not None})
+                for name in _caching(type(module)):
+                    vars(module)[name] = MethodType(inspect.unwrap(getattr(type(module), name)), module)
             yield
-        finally:
-            for table, name, each in taken:
-                table[name] = each
+
+
+@contextmanager
+def _as_before(model: nn.Module) -> Iterator[None]:
+    """Afterwards ``model`` holds what it held: tables of positions that it has made within have no numbers in them."""
+    kept = [(each, each.copy()) for each in _holdings(model)]
+    try:
+        yield
+    finally:
+        for each, before in kept:
+            if isinstance(each, list):
+                each[:] = before
+                continue
+            for name in each.keys() - before.keys():
+                del each[name]
+            each.update({name: value for name, value in before.items() if each.get(name, kept) is not value})
+
+
+def _holdings(model: nn.Module) -> Iterator[Any]:
+    """What modules keep, and objects that they have and that are none, such as processors: dicts, and lists."""
+    found, seen = [*model.modules()], set[int]()
+    while found:
+        each = found.pop()
+        if id(each) in seen:
+            continue
+        seen.add(id(each))
+        own = vars(each)
+        yield own
+        for value in list(own.values()):
+            if type(value) in (dict, list):
+                yield value
+            elif hasattr(value, "__dict__") and type(value).__module__.partition(".")[0] not in _OTHERS:
+                found.append(value)
+
+
+_OTHERS = {"builtins", "torch", __package__}
+"""Whose objects are not of a model: functions and classes, tensors and weights, layers of ours."""
+
+
+def _caching(family: type[nn.Module]) -> set[str]:
+    """Methods of a class that are `functools.lru_cache`'s, or functions around one, as diffusers makes them."""
+
+    def is_cached(value: Any) -> bool:
+        with suppress(ValueError):  # a cell that is empty
+            inside = [cell.cell_contents for cell in getattr(value, "__closure__", None) or ()]
+            return hasattr(value, "__wrapped__") and any(hasattr(each, "cache_parameters") for each in (value, *inside))
+        return False
+
+    return {name for base in family.__mro__ for name, value in vars(base).items() if is_cached(value)}
 
 
 def rehearsal(model: nn.Module) -> Rehearsal:
