@@ -73,12 +73,14 @@ class Rehearsal:
     @contextmanager
     def _weightless(self) -> Iterator[None]:
         """Stand-ins in the place of the weights: torch remembers what an operation gives for these, not for others."""
+        modules = list(self._model.modules())
+        caching = {family: _caching(family) for family in set(map(type, modules))}
         with _as_before(self._model):
-            for module in self._model.modules():
+            for module in modules:
                 tables: tuple[dict[str, Any], ...] = module._parameters, module._buffers
                 for table in tables:
                     table.update({name: self.stand_in(each) for name, each in table.items() if each is not None})
-                for name in _caching(type(module)):
+                for name in caching[type(module)]:
                     vars(module)[name] = MethodType(inspect.unwrap(getattr(type(module), name)), module)
             yield
 
@@ -100,7 +102,7 @@ def _as_before(model: nn.Module) -> Iterator[None]:
 
 
 def _holdings(model: nn.Module) -> Iterator[Any]:
-    """What modules keep, and objects that they have and that are none, such as processors: dicts, and lists."""
+    """Dicts and lists in which modules keep things, and so do objects of theirs that are none, such as processors."""
     found, seen = [*model.modules()], set[int]()
     while found:
         each = found.pop()
@@ -112,12 +114,12 @@ def _holdings(model: nn.Module) -> Iterator[Any]:
         for value in list(own.values()):
             if type(value) in (dict, list):
                 yield value
-            elif hasattr(value, "__dict__") and type(value).__module__.partition(".")[0] not in _OTHERS:
+            elif type(getattr(value, "__dict__", None)) is dict and type(value).__module__.split(".")[0] not in _OTHERS:
                 found.append(value)
 
 
 _OTHERS = {"builtins", "torch", __package__}
-"""Whose objects are not of a model: functions and classes, tensors and weights, layers of ours."""
+"""Whose objects are not of a model: functions, tensors and weights, layers of ours."""
 
 
 def _caching(family: type[nn.Module]) -> set[str]:
