@@ -21,11 +21,10 @@ import distrifusion as df
 from distrifusion.comm import Comm
 from distrifusion.comm.tape import RECORDERS
 from distrifusion.forms import CODECS
-from distrifusion.models import table_for
-from distrifusion.planner import traffic
-from distrifusion.strategies.anatomy import anatomy_of
+from distrifusion.planner import Traffic
 from models import SHAPES, build, conditioning, distance, latents
 from playing import PlayedRecorder
+from test_traffic import numbers, predicted
 from transformers_cross import CROSS
 from transformers_joint import JOINT
 from transformers_tiny import build as build_transformer
@@ -35,7 +34,6 @@ TRANSFORMERS = {**CROSS, **JOINT, **VIDEO}
 OTHERS = {"z-image", "cogvideox-5b-image"}  # gives a list of tensors; knows one size
 EXACT = {torch.float32: 2e-5, torch.bfloat16: 3e-2}  # float32 sums in another order; bfloat16 has 8 bits
 REFUSED = df.ConfigError, df.UnsupportedModel
-SEAMS = ("halo", "context", "moments", "chunk", "output")
 
 
 @dataclass(frozen=True)
@@ -127,21 +125,21 @@ def complaint(case: Case) -> str | None:
             df.parallelize(plain, df.ParallelConfig(topology=config.topology))
         truth = plain(**arguments)[0]
 
-    def rank(comm: Comm) -> list[tuple[Tensor, Counter[str], Counter[str]]]:
+    def rank(comm: Comm) -> list[tuple[Tensor, Traffic]]:
         model, found = df.parallelize(case.model(), config, comm), []
         for _ in range(num):
             comm.meter.clear()
             with torch.no_grad():
                 result = model(**arguments)[0].clone()
-            found.append((result, comm.meter.messages.copy(), comm.meter.bytes.copy()))
+            found.append((result, Traffic(comm.meter.messages.copy(), comm.meter.bytes.copy())))
         return found
 
     ran = df.run_ranks(case.world, rank, timeout=60)
-    results = [result for result, *_ in ran[0]]
+    results = [result for result, _ in ran[0]]
     truth = truth.narrow(1, 0, results[0].shape[1]) if truth.ndim == 3 else truth  # without tokens of further pictures
     exact = EXACT[case.dtype]
     for each in ran[1:]:
-        if max(distance(result, mine) for (result, *_), mine in zip(each, results, strict=True)) > exact / 20:
+        if not all(torch.equal(result, mine) for (result, _), mine in zip(each, results, strict=True)):
             return "ranks have different results"
     off = [distance(result, truth) for result in results]
     is_near = config.strategy in ("naive", "shifted") or config.group_norm == "separate"
@@ -156,19 +154,14 @@ def _miscounted(case: Case, config: df.ParallelConfig, arguments: dict[str, Any]
     """Where bytes or messages are not what is predicted."""
     if config.topology != "plane" or case.dtype != torch.float32:
         return None
-    model = case.model()
-    anatomy, table = anatomy_of(model, **arguments), table_for(model)
-    weights = config.weights or (1.0,) * (case.world // config.cfg)
-    levels = table.levels(*table.size(table.bind((), arguments)), weights, 2 if config.split == "rows" else 3)
-    for number, steps in enumerate(ran):
-        for step, (_, messages, num_bytes) in enumerate(steps):
-            said = traffic(anatomy, levels, config, number, batch=case.batch, step=step)
-            for what, found, wanted in (("messages", messages, said.messages), ("bytes", num_bytes, said.bytes)):
-                if any(found[kind] != wanted[kind] for kind in SEAMS):
-                    return f"rank {number}, step {step}: {what} {dict(found)}, predicted {dict(wanted)}"
+    given = case.model(), arguments, config, case.world, case.batch, len(ran[0])
+    for number, (steps, expected) in enumerate(zip(ran, predicted(*given), strict=True)):
+        for step, ((_, found), wanted) in enumerate(zip(steps, expected, strict=True)):
+            if numbers(found) != numbers(wanted):
+                return f"rank {number}, step {step}: sent {numbers(found)}, predicted {numbers(wanted)}"
             is_late = config.strategy == "displaced" and step > config.warmup_steps and config.group_norm != "sync"
-            if is_late and sum(messages[kind] for kind in SEAMS) > 8:
-                return f"rank {number}, step {step}: more than 8 messages: {dict(messages)}"
+            if is_late and sum(numbers(found)[0].values()) > 8:
+                return f"rank {number}, step {step}: more than 8 messages: {numbers(found)[0]}"
     return None
 
 

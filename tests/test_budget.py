@@ -5,7 +5,9 @@ from __future__ import annotations
 import re
 from collections.abc import Callable
 from dataclasses import replace
+from functools import lru_cache
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import diffusers
@@ -281,6 +283,38 @@ def test_a_step_takes_what_is_predicted() -> None:
             df.reset(model)
             peak = measured(lambda: model(x, 10))
         assert abs(peak - predicted) <= TENTH * predicted + SMALL
+
+
+class Hoarder(nn.Linear):
+    """Keeps what it made: itself, in an object in a list, and in a cache of its class."""
+
+    def __init__(self) -> None:
+        super().__init__(4, 4)
+        self.kept: list[Any] = [SimpleNamespace(table=None, log=[])]
+        self.last: Tensor | None = None
+
+    @lru_cache  # noqa: B019
+    def ones(self) -> Tensor:
+        return torch.ones(4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.last = self.kept[0].table = super().forward(x) + self.ones()
+        self.kept[0].log.append(self.last)
+        self.kept.append(self.last)
+        return self.last
+
+
+def test_a_rehearsal_leaves_a_model_as_it_was() -> None:
+    model, x = Hoarder(), torch.randn(2, 4)
+    weights = dict(model.named_parameters())
+    trial = rehearsal(model)
+    with trial.running():
+        model(trial.stand_in(x))
+    assert trial.peak > 0
+    assert (model.last, len(model.kept), model.kept[0].table, model.kept[0].log) == (None, 1, None, [])
+    assert all(model.get_parameter(name) is weight for name, weight in weights.items())
+    assert "ones" not in vars(model)
+    assert type(model(x)) is type(model.ones()) is Tensor
 
 
 def test_a_rehearsal_counts_tensors_while_they_live() -> None:

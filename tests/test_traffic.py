@@ -90,8 +90,10 @@ def counted(name: str, settings: df.ParallelConfig, world: int, batch: int, step
     return df.run_ranks(world, rank, timeout=60)
 
 
-def predicted(name: str, settings: df.ParallelConfig, world: int, batch: int, steps: int) -> list[list[Traffic]]:
-    model, call = model_and_call(name, batch)
+def predicted(
+    model: Any, call: dict[str, Any], settings: df.ParallelConfig, world: int, batch: int, steps: int
+) -> list[list[Traffic]]:
+    """The same, of shapes alone."""
     is_streamed = settings.strategy == "pipelined"
     anatomy = anatomy_of_stages(model, settings, **call) if is_streamed else anatomy_of(model, **call)
     table = table_for(model)
@@ -112,8 +114,9 @@ def numbers(said: Traffic) -> tuple[dict[str, int], dict[str, int]]:
 
 def check(name: str, settings: df.ParallelConfig, world: int, batch: int = 2, steps: int = 3) -> None:
     """Steps of a picture: the first, the first displaced one or the next synchronous one, and one more."""
-    given = name, settings, world, batch, steps
-    for rank, (found, wanted) in enumerate(zip(counted(*given), predicted(*given), strict=True)):
+    given = settings, world, batch, steps
+    ranks = zip(counted(name, *given), predicted(*model_and_call(name, batch), *given), strict=True)
+    for rank, (found, wanted) in enumerate(ranks):
         for step in range(steps):
             assert numbers(found[step]) == numbers(wanted[step]), f"rank {rank}, step {step}, {settings}"
         if settings.strategy == "displaced":

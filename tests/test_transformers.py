@@ -130,9 +130,11 @@ def test_patches_that_move_know_what_a_synchronous_step_has_told_them(name: str,
     arguments = MODELS[name].arguments(2, ROWS, COLS)
     truth = one_device(name, arguments)
     config = df.ParallelConfig(strategy="shifted", warmup_steps=1, shift=2)
+    # Of sums over tokens, what is remembered is taken in proportion once patches have moved: 0.05 off; 0.2 without.
+    moved = 0.1 if name == "sana" else EXACT
     for results in on_ranks(name, world, config, arguments, 4):
-        # Of sums over tokens, what is remembered is taken in proportion.
-        assert all(distance(result, truth) <= (0.5 if name == "sana" else EXACT) for result in results)
+        for result, bound in zip(results, (EXACT, EXACT, moved, moved), strict=True):
+            assert distance(result, truth) <= bound
 
 
 @pytest.mark.parametrize("name", ["flux", "qwen", "qwen-layers", "z-image"])

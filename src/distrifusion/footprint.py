@@ -103,18 +103,18 @@ def _as_before(model: nn.Module) -> Iterator[None]:
 
 def _holdings(model: nn.Module) -> Iterator[Any]:
     """Dicts and lists in which modules keep things, and so do objects of theirs that are none, such as processors."""
-    found, seen = [*model.modules()], set[int]()
+    found: list[Any] = list(model.modules())
+    seen = set[int]()
     while found:
         each = found.pop()
         if id(each) in seen:
             continue
         seen.add(id(each))
-        own = vars(each)
+        own = each if type(each) in (dict, list) else vars(each)
         yield own
-        for value in list(own.values()):
-            if type(value) in (dict, list):
-                yield value
-            elif type(getattr(value, "__dict__", None)) is dict and type(value).__module__.split(".")[0] not in _OTHERS:
+        for value in own.values() if isinstance(own, dict) else own:
+            is_object = type(getattr(value, "__dict__", None)) is dict
+            if type(value) in (dict, list) or (is_object and type(value).__module__.split(".")[0] not in _OTHERS):
                 found.append(value)
 
 
