@@ -34,6 +34,7 @@ LARGEST, SMALLEST = 32 << 20, 256 << 10  # bytes of one ring
 HEADER = 4096  # bytes before the ring: counters, each in a cache line of its own
 WRITTEN, READ, CLOSED = 0, 16, 32  # indices of 8-byte words
 SHORTEST, LONGEST, PATIENCE = 1e-4, 1e-3, 1 / 16  # seconds of a sleep between looks; of the time waited so far
+IDLE, IDLE_PATIENCE = 2e-2, 1 / 256  # the same beyond LONGEST, for a rank that has no part in what others do for seconds
 LOOK_AGAIN = 0.05  # seconds between two looks at whether a silent peer still lives
 
 
@@ -199,7 +200,7 @@ class SharedChannel:
                 os.sched_yield()  # ranks may outnumber the cores
             now = perf_counter()
             if idle > 200:  # looking costs the core as much as a sixth of a short sleep; a peer's compute is long
-                sleep(min(max((now - since) * PATIENCE, SHORTEST), LONGEST))
+                sleep(_nap(now - since))
             if now - looked > LOOK_AGAIN:
                 looked = now
                 dead = [rank for rank, lane in self._incoming.items() if lane.writer_died()]
@@ -213,6 +214,11 @@ class SharedChannel:
         """Move what can be moved on all lanes; whether anything moved."""
         moved = [lane.progress() for lane in self._lanes]
         return any(moved)
+
+
+def _nap(waited: float) -> float:
+    """Seconds to sleep for one that has ``waited`` for that many: what a late look costs stays a small part of it."""
+    return max(min(max(waited * PATIENCE, SHORTEST), LONGEST), min(waited * IDLE_PATIENCE, IDLE))
 
 
 class _Below:
