@@ -34,7 +34,7 @@ LARGEST, SMALLEST = 32 << 20, 256 << 10  # bytes of one ring
 HEADER = 4096  # bytes before the ring: counters, each in a cache line of its own
 WRITTEN, READ, CLOSED = 0, 16, 32  # indices of 8-byte words
 SHORTEST, LONGEST, PATIENCE = 1e-4, 1e-3, 1 / 16  # seconds of a sleep between looks; of the time waited so far
-IDLE, IDLE_PATIENCE = 2e-2, 1 / 256  # the same beyond LONGEST, for a rank that has no part in what others do for seconds
+IDLE, IDLE_PATIENCE = 2e-2, 1 / 256  # the same beyond LONGEST: of a rank without a part in what others do for seconds
 LOOK_AGAIN = 0.05  # seconds between two looks at whether a silent peer still lives
 
 

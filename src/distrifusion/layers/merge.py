@@ -13,6 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..products import FLASH
+
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
@@ -43,5 +45,5 @@ def attend_own_first(
 
 def _attention(query: Tensor, key: Tensor, value: Tensor, scale: float | None) -> tuple[Tensor, Tensor]:
     """The result and the logarithm of the sum of exponentials ``[B, heads, tokens]``."""
-    out, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(query, key, value, scale=scale)
+    out, lse = FLASH(query, key, value, scale=scale)
     return out, lse

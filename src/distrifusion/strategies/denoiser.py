@@ -16,6 +16,7 @@ from ..mesh import Mesh
 from ..metrics import Report
 from ..models import Call, Table
 from ..planner.memory import Budget
+from ..products import fast_products
 from . import strategy_for
 from .agreement import check_call
 from .balance import Balance
@@ -228,7 +229,8 @@ class ParallelDenoiser:
         """Run the model on what is this rank's of the picture and the batch."""
         fed = [feeder.take_cost() for feeder in self._feeders]
         feeders = [feeder._cutting for feeder in self._feeders] if any(cost.num_calls for cost in fed) else []
-        ran = self._way.run(call, state, feeders, self.report)
+        with fast_products(call.sample):
+            ran = self._way.run(call, state, feeders, self.report)
         if not ran.is_complete:
             self._pictures.forget()  # the model left out seams: the next step cannot build on this one
         state.step += 1

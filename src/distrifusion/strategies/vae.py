@@ -19,6 +19,7 @@ from ..mesh import Mesh
 from ..metrics import Report, Tally
 from ..models.table import bind
 from ..planner.memory import Budget, Fit
+from ..products import fast_products
 from .agreement import agree_on_input
 from .bands import Bands, run_half, whole
 from .budget import half_fit
@@ -179,7 +180,7 @@ class _ParallelHalf(Layer):
         arguments = self._without_past(bind(type(self.module).forward, self.module, args, kwargs))
         sample = next(iter(arguments.values()))  # [B, C, (frames,) H, W]
         started, counted = perf_counter(), self._comm.meter.totals()
-        with torch.no_grad():
+        with torch.no_grad(), fast_products(sample):
             try:
                 whole = self._whole(sample, arguments)
             finally:

@@ -1,0 +1,206 @@
+"""Matrix products of float32 on the CPU: by oneDNN, where that is much faster here than what torch takes by itself.
+
+Torch gives convolutions to oneDNN and matrix products to MKL, whose AVX-512 kernels are for Intel's processors. On
+others that have AVX-512 at full width oneDNN is about twice as fast, which is a third of a step. Both are float32
+throughout, and differ in the order of sums. So that is not decided by the name of a processor, both are timed once.
+"""
+
+from __future__ import annotations
+
+import os
+import threading
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from time import perf_counter
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+
+from .errors import ConfigError
+
+SWITCH = "DISTRIFUSION_ONEDNN"
+LEAST_GAIN = 1.3  # over torch's own; measured are 1.0 and 2.2, and what is between should be the same in every run
+LEAST_WORK = 1 << 22  # multiplications: of less, the call is what takes the time
+LEAST_KEYS = 256  # of fewer, torch's own attention is as fast
+SCORES = 1 << 19  # at a time: 2 MiB, which stay in a core's cache
+FEWEST, MOST = 16, 512  # queries at a time
+
+
+def fast_products(sample: Tensor) -> AbstractContextManager[Any]:
+    """Within it, this thread's float32 `linear` and plain `scaled_dot_product_attention` are oneDNN's.
+
+    Where that pays on this machine and for a model with this input, or DISTRIFUSION_ONEDNN is 1; where it is 0, never.
+
+    Raises:
+        ConfigError: the variable is something else.
+    """
+    is_ours = sample.device.type == "cpu" and sample.dtype == torch.float32 and not torch.is_autocast_enabled("cpu")
+    return Products() if is_ours and is_wanted() else nullcontext()
+
+
+def is_wanted() -> bool:
+    """See `fast_products`."""
+    asked = asked_for()
+    return _has_onednn() and (asked if asked is not None else _GAIN.is_enough())
+
+
+def asked_for() -> bool | None:
+    """What DISTRIFUSION_ONEDNN says; None: nothing.
+
+    Raises:
+        ConfigError: it is neither 0 nor 1.
+    """
+    text = os.environ.get(SWITCH, "").strip()
+    if text not in ("", "0", "1"):
+        raise ConfigError(f"{SWITCH}={text!r} must be 0 (torch's own matrix products) or 1 (oneDNN's)")
+    return text == "1" if text else None
+
+
+class Products(TorchFunctionMode):
+    """See `fast_products`."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        """Torch's hook above every operation."""
+        ours = _OURS.get(func)
+        if ours is None or torch.compiler.is_compiling():
+            return func(*args, **(kwargs or {}))
+        return ours(*args, **(kwargs or {}))
+
+
+def linear(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """`torch.nn.functional.linear` of ``[..., I]``, ``[O, I]`` and ``[O]``, by oneDNN where it is worth it."""
+    if weight.ndim != 2 or not _are_plain(input, weight, bias) or input.numel() * weight.shape[0] < LEAST_WORK:
+        return F.linear(input, weight, bias)
+    return _product(input, weight, bias)
+
+
+def conv2d(input: Tensor, weight: Tensor, bias: Tensor | None = None, *options: Any, **named: Any) -> Tensor:
+    """`torch.nn.functional.conv2d`. Of a window of one pixel, which torch takes for a product in one thread."""
+    is_product = not named and options in _ONE_PIXEL and input.ndim == weight.ndim == 4 and weight.shape[2:] == (1, 1)
+    if not is_product or not _are_plain(input, weight, bias) or input.numel() * weight.shape[0] < LEAST_WORK:
+        return F.conv2d(input, weight, bias, *options, **named)
+    return torch.mkldnn_convolution(input, weight, bias, (0, 0), (1, 1), (1, 1), 1)
+
+
+def attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attn_mask: Tensor | None = None,
+    dropout_p: float = 0.0,
+    is_causal: bool = False,
+    scale: float | None = None,
+    enable_gqa: bool = False,
+) -> Tensor:
+    """`torch.nn.functional.scaled_dot_product_attention`, by oneDNN where it is worth it: ``[B, heads, tokens, D]``."""
+    if attn_mask is None and not dropout_p and not is_causal and not enable_gqa and _pays(query, key, value):
+        return _attention(query, key, value, scale)
+    return F.scaled_dot_product_attention(
+        query, key, value, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa
+    )
+
+
+def attention_and_sums(query: Tensor, key: Tensor, value: Tensor, scale: float | None = None) -> tuple[Tensor, Tensor]:
+    """The same with the logarithm of each query's sum of exponentials ``[B, heads, tokens]``, float32."""
+    if not _pays(query, key, value):
+        out, sums = FLASH(query, key, value, scale=scale)
+        return out, sums
+    sums = query.new_empty(query.shape[:3])
+    return _attention(query, key, value, scale, sums), sums
+
+
+def _attention(query: Tensor, key: Tensor, value: Tensor, scale: float | None, sums: Tensor | None = None) -> Tensor:
+    """Some queries at a time, so that their scores for all keys stay in the cache between the two products."""
+    batch, heads, num_queries, width = query.shape
+    out = query.new_empty(batch, num_queries, heads, value.shape[-1])  # as torch's own lies
+    step = max(FEWEST, min(MOST, SCORES // key.shape[2]))
+    for sample in range(batch):
+        for head in range(heads):
+            scaled = key[sample, head] * (width**-0.5 if scale is None else scale)  # [keys, D]
+            values = value[sample, head].t().contiguous()  # [D, keys]
+            for start in range(0, num_queries, step):
+                rows = slice(start, start + step)
+                scores = _product(query[sample, head, rows], scaled)
+                shares = torch.softmax(scores, -1)
+                out[sample, rows, head] = _product(shares, values)
+                if sums is not None:  # the largest share is exp(its score) over the sum, and at least 1 / keys
+                    sums[sample, head, rows] = scores.amax(-1) - shares.amax(-1).log()
+    return out.transpose(1, 2)
+
+
+def _pays(query: Tensor, key: Tensor, value: Tensor) -> bool:
+    if not _are_plain(query, key, value) or not query.ndim == key.ndim == value.ndim == 4:
+        return False
+    (batch, heads, num_queries, width), num_keys = query.shape, key.shape[2]
+    is_known = key.shape == (batch, heads, num_keys, width) and value.shape[:3] == key.shape[:3]
+    return is_known and num_keys >= LEAST_KEYS and num_queries * num_keys * width >= LEAST_WORK
+
+
+FLASH = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default
+"""Torch's own attention, with the logarithm of the sums."""
+
+_ONE_PIXEL = ((), ((1, 1), (0, 0), (1, 1), 1))  # stride, padding, dilation, groups
+
+_OURS: dict[Any, Callable[..., Any]] = {
+    F.linear: linear,
+    F.conv2d: conv2d,
+    F.scaled_dot_product_attention: attention,
+    FLASH: attention_and_sums,
+}
+
+
+def _product(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    result: Tensor = torch.ops.mkldnn._linear_pointwise.default(x, weight, bias, "none", [], "")
+    return result
+
+
+def _are_plain(*tensors: Tensor | None) -> bool:
+    """Whether all are of float32, on the CPU, and of no class of their own."""
+    for each in tensors:
+        is_dense = each is None or (type(each) in (Tensor, nn.Parameter) and each.layout is torch.strided)
+        if not is_dense or (each is not None and (each.dtype is not torch.float32 or each.device.type != "cpu")):
+            return False
+    return True
+
+
+def _has_onednn() -> bool:
+    return torch._C._has_mkldnn and hasattr(torch.ops.mkldnn, "_linear_pointwise")
+
+
+class _Gain:
+    """How much faster oneDNN is: timed once, by the thread that asks first."""
+
+    def __init__(self, measure: Callable[[], float]) -> None:
+        self._measure, self._found = measure, None if _may_gain() else False
+        self._lock = threading.Lock()
+
+    def is_enough(self) -> bool:
+        """Whether by `LEAST_GAIN`."""
+        with self._lock:
+            if self._found is None:
+                self._found = self._measure() >= LEAST_GAIN
+            return self._found
+
+
+def _may_gain() -> bool:
+    return torch._C.has_mkl and torch.backends.cpu.get_cpu_capability() == "AVX512"
+
+
+@torch.no_grad()
+def _measured(rounds: int = 7) -> float:
+    """Seconds of torch's own over oneDNN's, of one product: the least of several, which other load spoils least."""
+    x = torch.ones(256 * torch.get_num_threads(), 512, dtype=torch.float32, device="cpu")
+    weight = torch.ones(512, 512, dtype=torch.float32, device="cpu")
+    best = [float("inf")] * 2
+    for _ in range(rounds):
+        for which, work in enumerate((F.linear, _product)):
+            started = perf_counter()
+            work(x, weight)
+            best[which] = min(best[which], perf_counter() - started)
+    return best[0] / best[1]
+
+
+_GAIN = _Gain(_measured)
