@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 import torch
 from torch import nn
+from torch.overrides import TorchFunctionMode
 
 import distrifusion as df
 from distrifusion import joined
@@ -26,6 +27,7 @@ from distrifusion.bench.timing import Timing
 from distrifusion.bench.workload import load
 from distrifusion.cli import run
 from distrifusion.comm import Comm
+from distrifusion.products import SWITCH, Products
 
 DISTRIFUSION = ["-m", "distrifusion", "bench"]
 SHORT = ["--size", "64", "--rounds", "1", "--steps", "1"]
@@ -63,8 +65,23 @@ def test_what_the_machine_gives_is_told_by_a_step_on_each_rank(tiny: str) -> Non
         assert (row["messages_per_step"] > 0) == (row["case"] == "sync" and row["world"] > 1)
         assert len(row["peak_memory_per_rank"]) == row["world"]
     timings = [Timing(case, (64, 64), [4.0 if case.is_at_once else 3.0], [1.0], [0.0]) for case in cases]
-    ratios = [(row["speedup"], row["share_of_linear"]) for row in summary(plan, timings, "gloo")["cases"]]
+    ratios = [(row["speedup"], row["share_of_linear"]) for row in summary(plan, timings, "gloo", "torch")["cases"]]
     assert ratios == [(1, 1), (1, 1), (1.5, 0.75), (1, 0.5), (2.25, 0.75), (1, 0.333)]  # two or three steps in 4 s
+
+
+@pytest.mark.parametrize(("said", "whose"), [("0", "torch"), ("1", "oneDNN")])
+def test_what_the_products_give_is_told_by_the_bare_model_with_them(
+    tiny: str, monkeypatch: pytest.MonkeyPatch, said: str, whose: str
+) -> None:
+    given = []
+    monkeypatch.setenv(SWITCH, said)
+    monkeypatch.setattr(Products, "__enter__", lambda mode: given.append(mode) or TorchFunctionMode.__enter__(mode))
+    cases = cases_for(["sync"], [1], 1, products=True)
+    assert [case.name for case in cases] == ["bare model", "bare model, ranks' products", "sync"]
+    found = df.run_ranks(1, lambda comm: measure(Plan(tiny, ((64, 64),), 1, cases, rounds=2, steps=1), comm))[0]
+    assert found is not None
+    assert found.summary["products"] == whose
+    assert len(given) == (2 if said == "1" else 0)  # once in each turn of the one case
 
 
 @pytest.mark.parametrize(
@@ -147,7 +164,7 @@ def test_compiled_cases_stand_beside_those_that_run() -> None:
         ("tensor compiled", 2),
     ]
     timings = [Timing(case, (64, 64), [2.0 if case.compiled else 3.0], [1.0], [0.0]) for case in cases]
-    rows = summary(Plan("sdxl-mini", ((64, 64),), 1, cases), timings, "gloo")["cases"]
+    rows = summary(Plan("sdxl-mini", ((64, 64),), 1, cases), timings, "gloo", "torch")["cases"]
     assert [row["speedup"] for row in rows if row["compiled"]] == [1.5] * 3  # over the bare model that is not
 
 
@@ -254,7 +271,7 @@ def test_the_table_shows_every_row_and_says_what_is_not_known() -> None:
     sync = Timing(plan.cases[1], (1024, 768), [1.0], [2.0], [0.1], 103, 1 << 20, peaks=[2 << 30, None])
     console = Console(width=200)
     with console.capture() as capture:
-        console.print(table(summary(plan, [bare, sync], "gloo")))
+        console.print(table(summary(plan, [bare, sync], "gloo", "torch")))
     lines = capture.get().splitlines()
     assert "sdxl-mini, 1024 x 768, 64 x 64 px, batch 1, float32, cpu over gloo" in lines[0]
     (row,) = [line for line in lines if "sync" in line]
@@ -376,14 +393,19 @@ def test_the_plot_is_a_picture_with_a_panel_for_each_size(tmp_path: Path) -> Non
     sizes = ((512, 512), (1024, 1024))
     widths = []
     for shown in (sizes[:1], sizes):
-        plan = Plan("sdxl-mini", shown, 1, cases_for(["sync", "displaced"], [1, 2, 4], 4, at_once=True, compiled=True))
+        plan = Plan(
+            "sdxl-mini",
+            shown,
+            1,
+            cases_for(["sync", "displaced"], [1, 2, 4], 4, at_once=True, compiled=True, products=True),
+        )
         timings = [
             Timing(case, size, [1.0 / max(case.world, case.threads)], [1.0], [0.0])
             for size in shown
             for case in plan.cases
         ]
         path = tmp_path / f"{len(shown)}.png"
-        plot.draw(json.loads(json.dumps(summary(plan, timings, "gloo"))), path)
+        plot.draw(json.loads(json.dumps(summary(plan, timings, "gloo", "torch"))), path)
         with Image.open(path) as image:
             image.verify()
             widths.append(image.size[0])
@@ -412,7 +434,7 @@ def of_torchrun(monkeypatch: pytest.MonkeyPatch, **given: Any) -> list[Any]:
         name: [] for name in ("worlds", "strategies", "codecs", "patches", "stage_ranks", "strides")
     }
     unset = dict.fromkeys(("context_window", "balance", "blocks", "height", "width", "plot", "trace"))
-    unset |= dict.fromkeys(("cuda_graphs", "at_once", "compiled"), False)
+    unset |= dict.fromkeys(("cuda_graphs", "at_once", "compiled", "products"), False)
     short: dict[str, Any] = {"sizes": ["64"], "batch": 1, "rounds": 1, "steps": 1, "dtype": "float32", "device": "cpu"}
     order = command.Order(**{**lists, **unset, **short, **given})
 

@@ -68,6 +68,7 @@ def test_commands_and_flags() -> None:
                 "--patch",
                 "--patches",
                 "--plot",
+                "--products",
                 "--rounds",
                 "--size",
                 "--steps",

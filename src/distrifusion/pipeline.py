@@ -27,6 +27,7 @@ from .parts import (
     vae_of,
 )
 from .planner.memory import LIBRARIES, Budget
+from .products import asked_for
 from .strategies.agreement import agree
 from .strategies.balance import Balance
 from .strategies.budget import shared_bytes
@@ -66,6 +67,7 @@ def parallelize(target: T, config: ParallelConfig | None = None, comm: Comm | No
         RanksDisagree: the ranks have different configurations.
     """
     config = config if config is not None else ParallelConfig()
+    asked_for()  # a bad variable is refused before the ranks wait for each other
     models, vae = denoisers_of(target), vae_of(target)
     for model in [*models, *controlnets_of(target)]:
         if hasattr(model, _MARK):

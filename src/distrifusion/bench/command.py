@@ -53,6 +53,12 @@ def bench(
         bool,
         typer.Option("--at-once", help="Also the bare model on every rank at the same time: what the machine gives."),
     ] = False,
+    products: Annotated[
+        bool,
+        typer.Option(
+            "--products", help="Also the bare model with the ranks' matrix products: what is not the strategies' doing."
+        ),
+    ] = False,
     compiled: Annotated[
         bool,
         typer.Option(
@@ -93,6 +99,7 @@ def bench(
         stride or [],
         cuda_graphs,
         at_once,
+        products,
         compiled,
         size or [],
         height,
@@ -126,6 +133,7 @@ class Order:
     strides: list[int]
     cuda_graphs: bool
     at_once: bool
+    products: bool
     compiled: bool
     sizes: list[str]
     height: int | None
@@ -189,6 +197,7 @@ class Order:
                 self.cuda_graphs,
                 self.at_once,
                 self.compiled,
+                self.products,
             ),
             rounds=self.rounds,
             steps=self.steps,

@@ -8,7 +8,7 @@ cases like the others.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from functools import partial
 from time import perf_counter, process_time
 from typing import Any
@@ -17,6 +17,7 @@ import torch
 
 from ..comm import Comm
 from ..pipeline import parallelize, report, restore
+from ..products import Products, fast_products
 from .memory import PeakMemory
 from .picture import Picture
 from .plan import LATENT, Case, Plan
@@ -46,8 +47,14 @@ class Bench:
         if is_shape(plan.model):  # weights of a folder lie in a file as they are
             share_weights(work.model, comm)
         self._work = {(rows, cols): work.resized(rows // LATENT, cols // LATENT) for rows, cols in plan.sizes}
+        self._products = fast_products(work.sample(0))
         self._timings = [Timing(case, size) for size in plan.sizes for case in plan.cases]
         self._tell, self._num_done = tell, 0
+
+    @property
+    def products(self) -> str:
+        """Whose matrix products the ranks of a parallel model take."""
+        return "oneDNN" if isinstance(self._products, Products) else "torch"
 
     def measure(self) -> list[Timing]:
         """Time every case in every round; rank 0's timings count. ``tell(done, total)`` is called after each case."""
@@ -139,7 +146,7 @@ def _spread(work: Workload, case: Case, comm: Comm, num_steps: int) -> Iterator[
             steps = [picture.step] * (num_steps - 1) + [partial(_to_its_end, work, picture.step)]
         elif case.strategy is not None:
             parallelize(work.model, case.config, comm)
-        with torch.no_grad():
+        with torch.no_grad(), fast_products(samples[0]) if case.products else nullcontext():
             yield steps
     finally:
         restore(work.model)

@@ -22,7 +22,8 @@ DTYPES = ("float32", "bfloat16", "float16")
 class Case:
     """One thing to measure.
 
-    ``strategy`` None is the bare model, with ``threads`` threads; or on each of ``world`` ranks at the same time.
+    ``strategy`` None is the bare model, with ``threads`` threads; or on each of ``world`` ranks at the same time; or
+    with the matrix products that ranks of a parallel model take (``products``).
     """
 
     strategy: StrategyName | None
@@ -38,13 +39,15 @@ class Case:
     stride: int = 1
     cuda_graphs: bool = False
     compiled: bool = False  # the blocks of the model, each by itself
+    products: bool = False  # of the bare model: what a strategy has by itself
 
     @property
     def name(self) -> str:
         """What the table calls it."""
         if self.strategy is None:
             parts = ["bare model", f"{self.threads} threads" if self.threads > 1 else "", "at once" * self.is_at_once]
-            return ", ".join(filter(None, [*parts, "compiled" * self.compiled]))
+            parts += ["ranks' products" * self.products, "compiled" * self.compiled]
+            return ", ".join(filter(None, parts))
         parts = [self.strategy, "cfg 2" if self.cfg == 2 else "", self.codec or ""]
         parts += [f"window {self.context_window:g}"] if self.context_window is not None else []
         parts += [f"balance {self.balance}"] if self.balance is not None else []
@@ -168,10 +171,12 @@ def cases_for(
     cuda_graphs: bool = False,
     at_once: bool = False,
     compiled: bool = False,
+    products: bool = False,
 ) -> tuple[Case, ...]:
     """The bare model on one thread and on ``threads``, then every strategy on every world with every codec.
 
-    With ``at_once``, before the strategies of a world, the bare model on each of its ranks.
+    With ``at_once``, before the strategies of a world, the bare model on each of its ranks; with ``products``, see
+    `Case`, also that.
 
     One rank is one case, and so are strategies that send nothing that a codec could shorten. ``pipelined`` runs with
     all of ``patches``, ``stage_ranks`` and ``strides`` that go together (see `stagings`); where patches stream,
@@ -185,6 +190,7 @@ def cases_for(
         raise ConfigError("--at-once is about several ranks, and the only --world is 1: name another one")
     staged = stagings(patches=patches, patch=stage_ranks, stride=strides)
     cases = [Case(None)] + ([Case(None, threads=threads)] if threads > 1 else [])
+    cases += [Case(None, products=True)] if products else []
     for world in worlds:
         if world == 1:
             cases.append(Case(strategies[0]))

@@ -43,7 +43,7 @@ def draw(found: dict[str, Any], path: Path) -> None:
             worlds_of, heights = ([row[name] for row in at_once] for name in ("world", "speedup"))
             axes.plot([1, *worlds_of], [1, *heights], color="0.5", linestyle="-.", label="a step on each rank")
         for row in rows:
-            if row["strategy"] is None and row["compiled"]:
+            if row["strategy"] is None and (row["compiled"] or row["products"]):
                 axes.plot([1], [row["speedup"]], color="0.3", marker="x", linestyle="", label=row["case"])
         for name in dict.fromkeys(row["case"] for row in rows if row["strategy"] is not None):
             # One rank is the bare model for every strategy, and is measured for the first alone.

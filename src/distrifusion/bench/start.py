@@ -102,7 +102,7 @@ def measure(plan: Plan, comm: Comm, tell: Tell = lambda done, total: None) -> Fo
     bench = Bench(plan, comm, tell)
     timings = bench.measure()
     trace = bench.trace() if plan.traces else None
-    return Found(summary(plan, timings, comm.wire), trace) if comm.rank == 0 else None
+    return Found(summary(plan, timings, comm.wire, bench.products), trace) if comm.rank == 0 else None
 
 
 def _progress(folder: Path) -> Iterator[tuple[int, int]]:

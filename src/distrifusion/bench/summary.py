@@ -15,10 +15,10 @@ from .plan import Case, Plan
 from .timing import Timing
 
 
-def summary(plan: Plan, timings: Sequence[Timing], wire: str) -> dict[str, Any]:
+def summary(plan: Plan, timings: Sequence[Timing], wire: str, products: str) -> dict[str, Any]:
     """The one JSON object: medians, and ratios to the bare model of the same run and size.
 
-    ``wire`` is what the ranks talk over. ``speedup_over_threads`` is over one process with all threads, None where that
+    ``wire`` is what the ranks talk over, ``products`` whose matrix products they take. ``speedup_over_threads`` is over one process with all threads, None where that
     was no case of its own. Where ranks have a step each, all of these count.
     """
     settings = plan.as_dict()
@@ -48,7 +48,7 @@ def summary(plan: Plan, timings: Sequence[Timing], wire: str) -> dict[str, Any]:
                 "peak_memory_per_rank": timing.peaks,
             }
         )
-    machine = {"torch": torch.__version__, "cpus": os.cpu_count(), "wire": wire}
+    machine = {"torch": torch.__version__, "cpus": os.cpu_count(), "wire": wire, "products": products}
     return {"bench": settings, **machine, "cases": rows}
 
 
@@ -58,7 +58,7 @@ def table(found: dict[str, Any]) -> Any:
 
     settings = found["bench"]
     sizes = ", ".join(f"{height} x {width}" for height, width in settings["sizes"])
-    where = f"{settings['device']} over {found['wire']}"
+    where = f"{settings['device']} over {found['wire']}, products of {found['products']}"
     title = f"{settings['model']}, {sizes} px, batch {settings['batch']}, {settings['dtype']}, {where}"
     grid = Table(title=title)
     several = len(settings["sizes"]) > 1
