@@ -89,7 +89,7 @@ def test_attention_is_the_same(calls: list[Any], queries: int, keys: int, scale:
     with Products():
         result = F.scaled_dot_product_attention(query, key, value, scale=scale)
         one_by_one = list(calls)
-        also, sums = FLASH(query, key, value, scale=scale)
+        also, sums = FLASH(query, key, value, 0.0, False, attn_mask=None, scale=scale)  # as compilers call it
     assert one_by_one
     assert len(calls) == 2 * len(one_by_one)
     assert result.shape == query.shape
@@ -126,6 +126,7 @@ def test_large_logits_do_not_overflow(calls: list[Any]) -> None:
         lambda: F.scaled_dot_product_attention(heads(9, 1), heads(9, 2), heads(9, 3), is_causal=True),
         lambda: F.scaled_dot_product_attention(heads(9, 1)[0], heads(7, 2)[0], heads(7, 3)[0]),
         lambda: F.scaled_dot_product_attention(heads(9, 1), heads(7, 2)[:, :1], heads(7, 3)[:, :1], enable_gqa=True),
+        lambda: FLASH(heads(9, 1), heads(7, 2), heads(7, 3), attn_mask=torch.zeros(9, 7))[0],
         lambda: F.linear(noise(4, 8).to_mkldnn(), noise(3, 8).to_mkldnn()).to_dense(),
     ],
 )
@@ -138,7 +139,7 @@ def test_what_is_not_known_is_left_to_torch(calls: list[Any], call: Any) -> None
 
 
 def test_what_is_small_is_left_to_torch(calls: list[Any], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(products, "LEAST_WORK", 1 << 22)
+    monkeypatch.setattr(products, "LEAST_WORK", 1 << 22)  # less than in earnest, so that the test takes no time
     monkeypatch.setattr(products, "LEAST_KEYS", 256)
     few, many = noise(1023, 64), noise(1024, 64)
     with Products():
@@ -165,6 +166,7 @@ def test_it_is_taken_where_it_pays_or_is_asked_for(
             assert not isinstance(fast_products(other), Products)
         with torch.autocast("cpu", torch.bfloat16):
             assert not isinstance(fast_products(noise(1)), Products)
+        assert not isinstance(fast_products(noise(1), is_planned=True), Products)
     assert len(times) == (said == "")
 
 
@@ -230,6 +232,16 @@ def test_a_vae_is_one_device(calls: list[Any]) -> None:
     for result in df.run_ranks(3, lambda comm: decoded(df.parallelize(build_vae("kl-attention"), None, comm), x)):
         assert distance(result, truth) <= EXACT_MODEL
     assert calls
+
+
+def test_planned_memory_is_that_of_torchs_own(calls: list[Any]) -> None:
+    def rank(comm: Any) -> None:
+        config = df.ParallelConfig(max_memory="8GiB")
+        df.parallelize(build("sdxl"), config, comm)(latents("sdxl"), 500, **conditioning("sdxl"))
+        decoded(df.parallelize(build_vae("kl"), config, comm), latents_of("kl"))
+
+    df.run_ranks(2, rank)
+    assert not calls
 
 
 def test_a_compiled_block_is_one_graph_of_torchs_own(calls: list[Any]) -> None:

@@ -23,22 +23,23 @@ from .errors import ConfigError
 
 SWITCH = "DISTRIFUSION_ONEDNN"
 LEAST_GAIN = 1.3  # over torch's own; measured are 1.0 and 2.2, and what is between should be the same in every run
-LEAST_WORK = 1 << 22  # multiplications: of less, the call is what takes the time
+LEAST_WORK = 1 << 24  # multiplications: less takes so little time that torch may go on with it, to the bit
 LEAST_KEYS = 256  # of fewer, torch's own attention is as fast
 SCORES = 1 << 19  # at a time: 2 MiB, which stay in a core's cache
 FEWEST, MOST = 16, 512  # queries at a time
 
 
-def fast_products(sample: Tensor) -> AbstractContextManager[Any]:
-    """Within it, this thread's float32 `linear` and plain `scaled_dot_product_attention` are oneDNN's.
+def fast_products(sample: Tensor, *, is_planned: bool = False) -> AbstractContextManager[Any]:
+    """Within it, this thread's float32 linear layers, plain attention and 1 x 1 convolutions are oneDNN's.
 
     Where that pays on this machine and for a model with this input, or DISTRIFUSION_ONEDNN is 1; where it is 0, never.
+    Nor where memory ``is_planned``: oneDNN lays weights out anew, in memory that a rehearsal does not see.
 
     Raises:
         ConfigError: the variable is something else.
     """
     is_ours = sample.device.type == "cpu" and sample.dtype == torch.float32 and not torch.is_autocast_enabled("cpu")
-    return Products() if is_ours and is_wanted() else nullcontext()
+    return Products() if is_ours and not is_planned and is_wanted() else nullcontext()
 
 
 def is_wanted() -> bool:
@@ -103,13 +104,22 @@ def attention(
     )
 
 
-def attention_and_sums(query: Tensor, key: Tensor, value: Tensor, scale: float | None = None) -> tuple[Tensor, Tensor]:
-    """The same with the logarithm of each query's sum of exponentials ``[B, heads, tokens]``, float32."""
-    if not _pays(query, key, value):
-        out, sums = FLASH(query, key, value, scale=scale)
-        return out, sums
-    sums = query.new_empty(query.shape[:3])
-    return _attention(query, key, value, scale, sums), sums
+def attention_and_sums(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    dropout_p: float = 0.0,
+    is_causal: bool = False,
+    *,
+    attn_mask: Tensor | None = None,
+    scale: float | None = None,
+) -> tuple[Tensor, Tensor]:
+    """`FLASH`: the same, with the logarithm of each query's sum of exponentials ``[B, heads, tokens]``, float32."""
+    if attn_mask is None and not dropout_p and not is_causal and _pays(query, key, value):
+        sums = query.new_empty(query.shape[:3])
+        return _attention(query, key, value, scale, sums), sums
+    out, sums = FLASH(query, key, value, dropout_p, is_causal, attn_mask=attn_mask, scale=scale)
+    return out, sums
 
 
 def _attention(query: Tensor, key: Tensor, value: Tensor, scale: float | None, sums: Tensor | None = None) -> Tensor:

@@ -18,8 +18,9 @@ from .timing import Timing
 def summary(plan: Plan, timings: Sequence[Timing], wire: str, products: str) -> dict[str, Any]:
     """The one JSON object: medians, and ratios to the bare model of the same run and size.
 
-    ``wire`` is what the ranks talk over, ``products`` whose matrix products they take. ``speedup_over_threads`` is over one process with all threads, None where that
-    was no case of its own. Where ranks have a step each, all of these count.
+    ``wire`` is what the ranks talk over, ``products`` whose matrix products they take. ``speedup_over_threads`` is over
+    one process with all threads, None where that was no case of its own. Where ranks have a step each, all of these
+    count.
     """
     settings = plan.as_dict()
     settings.pop("cases")

@@ -149,6 +149,7 @@ class _ParallelHalf(Layer):
         self._rings = config.rings
         self._layers = Attached()
         self._left_out: Any = None  # the room for a past that the last call was not given
+        self._is_planned = config.max_memory is not None
         self._budget, self._fits = budget, dict[Any, tuple[Bands | None, Fit]]()  # by what is to fit
         self._forward = torch.compiler.disable(self._run)  # type: ignore[no-untyped-call]
 
@@ -180,7 +181,7 @@ class _ParallelHalf(Layer):
         arguments = self._without_past(bind(type(self.module).forward, self.module, args, kwargs))
         sample = next(iter(arguments.values()))  # [B, C, (frames,) H, W]
         started, counted = perf_counter(), self._comm.meter.totals()
-        with torch.no_grad(), fast_products(sample):
+        with torch.no_grad(), fast_products(sample, is_planned=self._is_planned):
             try:
                 whole = self._whole(sample, arguments)
             finally:
