@@ -3,8 +3,8 @@
 ``OMP_NUM_THREADS=1 python benchmarks/products.py``
 
 The shapes are those of patches: of ``sdxl-mini`` and SDXL at 1024 px on two ranks, FLUX's linear layers, a VAE's
-attention. ``gain`` is how many times faster oneDNN is; ``error`` the relative L2 distance of the two. The first line is
-what `distrifusion.products` decides by.
+attention. ``gain`` is how many times faster oneDNN is; the errors of both are relative L2 distances from float64. The
+first line is what `distrifusion.products` decides by.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ from __future__ import annotations
 import argparse
 import json
 from collections.abc import Callable
+from contextlib import nullcontext
 from statistics import median
 from time import perf_counter
 from typing import Any
@@ -29,38 +30,38 @@ CONV = [(192, 64, 64, 128), (512, 256, 16, 32), (640, 320, 64, 128)]  # channels
 ATTENTION = [(2, 2048, 4096, 64), (4, 512, 1024, 64), (4, 512, 77, 64), (10, 2048, 4096, 64), (1, 8192, 16384, 512)]
 
 
-def cases() -> dict[str, Callable[[], Tensor]]:
+Case = tuple[Callable[..., Tensor], list[Tensor]]
+"""What to do, and with what."""
+
+
+def cases() -> dict[str, Case]:
     """By name; heads, queries, keys and channels of an attention."""
-    found: dict[str, Callable[[], Tensor]] = {}
+    found: dict[str, Case] = {}
     torch.manual_seed(0)
     for tokens, channels, out in LINEAR:
         x, weight, bias = torch.randn(1, tokens, channels), torch.randn(out, channels) / channels**0.5, torch.randn(out)
-        found[f"linear {tokens} x {channels} -> {out}"] = lambda x=x, w=weight, b=bias: F.linear(x, w, b)
+        found[f"linear {tokens} x {channels} -> {out}"] = F.linear, [x, weight, bias]
     for channels, out, rows, cols in CONV:
         x, weight, bias = torch.randn(1, channels, rows, cols), torch.randn(out, channels, 1, 1), torch.randn(out)
-        options = (1, 1), (0, 0), (1, 1), 1
-        name = f"convolution 1 x 1, {rows} x {cols} x {channels} -> {out}"
-        found[name] = lambda x=x, w=weight, b=bias, o=options: F.conv2d(x, w, b, *o)
+        found[f"convolution 1 x 1, {rows} x {cols} x {channels} -> {out}"] = F.conv2d, [x, weight, bias]
     for heads, queries, keys, width in ATTENTION:
-        q, k, v = (torch.randn(1, num, heads, width).transpose(1, 2) for num in (queries, keys, keys))
-        name = f"attention {heads} x {queries} to {keys} x {width}"
-        found[name] = lambda q=q, k=k, v=v: F.scaled_dot_product_attention(q, k, v)
+        given = [torch.randn(1, num, heads, width).transpose(1, 2) for num in (queries, keys, keys)]
+        found[f"attention {heads} x {queries} to {keys} x {width}"] = F.scaled_dot_product_attention, given
     return found
 
 
-def timed(work: Callable[[], Tensor], rounds: int) -> tuple[list[float], float]:
-    """Milliseconds of torch's own and of oneDNN's, and how far the results are apart."""
-    own, other = work(), work()
+def timed(work: Callable[..., Tensor], given: list[Tensor], rounds: int) -> tuple[list[float], list[float]]:
+    """Milliseconds of torch's own and of oneDNN's, and their errors."""
+    results = [work(*given)] * 2
     taken: tuple[list[float], list[float]] = ([], [])
     for _ in range(rounds):
-        started = perf_counter()
-        own = work()
-        between = perf_counter()
-        with Products():
-            other = work()
-        taken[0].append(between - started)
-        taken[1].append(perf_counter() - between)
-    return [1e3 * median(each) for each in taken], float((own - other).norm() / own.norm())
+        for which, around in enumerate((nullcontext(), Products())):
+            started = perf_counter()
+            with around:
+                results[which] = work(*given)
+            taken[which].append(perf_counter() - started)
+    truth = work(*(each.double() for each in given))
+    return [1e3 * median(each) for each in taken], [float((each - truth).norm() / truth.norm()) for each in results]
 
 
 @torch.no_grad()
@@ -72,10 +73,11 @@ def main() -> None:
     capability, chosen = torch.backends.cpu.get_cpu_capability(), "oneDNN" if products.is_wanted() else "torch"
     print(f"{capability}, {torch.get_num_threads()} threads: oneDNN {gain:.2f} times as fast; ranks take {chosen}'s\n")
     rows: dict[str, Any] = {}
-    for name, work in cases().items():
-        (own, other), error = timed(work, given.rounds)
+    for name, (work, tensors) in cases().items():
+        (own, other), errors = timed(work, tensors, given.rounds)
         rows[name] = {"torch_ms": round(own, 3), "onednn_ms": round(other, 3), "gain": round(own / other, 2)}
-        print(f"{name:48} {own:9.2f} ms {other:9.2f} ms   gain {own / other:5.2f}   error {error:.1e}")
+        apart = " and ".join(f"{error:.1e}" for error in errors)
+        print(f"{name:44} {own:8.2f} ms {other:8.2f} ms   gain {own / other:5.2f}   errors {apart}", flush=True)
     print(json.dumps({"gain": round(gain, 2), "capability": capability, "chosen": chosen, "products": rows}))
 
 

@@ -2,9 +2,10 @@
 
 ``OMP_NUM_THREADS=1 torchrun --standalone --nproc-per-node 2 benchmarks/rank_cost.py sdxl-mini``
 
-The bare model on one rank, on every rank at once, displaced and sync in turn, round after round. The first line is what
-the machine takes: CPU seconds of a bare step beside those of the other ranks over those of one alone. First line of a
-strategy: CPU seconds of all ranks over those of one bare step beside others, medians over the rounds. Then, by
+The bare model on one rank, on every rank at once, displaced and sync in turn, round after round. ``--products`` gives
+the bare model the matrix products of the ranks, so that what is told apart is the splitting alone. The first line is
+what the machine takes: CPU seconds of a bare step beside those of the other ranks over those of one alone. First line
+of a strategy: CPU seconds of all ranks over those of one bare step beside others, medians over the rounds. Then, by
 operator, what rank 0 spends beyond its share of the bare step, in per cent of that share: thread time of each call, the
 least of the rounds, so that other load on the machine counts little. ``python`` is what is left: Python itself, and the
 host's work at messages and waits.
@@ -15,6 +16,9 @@ from __future__ import annotations
 import argparse
 import json
 from collections import Counter, defaultdict
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from functools import partial
 from statistics import median
 from time import process_time, thread_time
 from typing import Any
@@ -28,8 +32,12 @@ from distrifusion.bench.sharing import share_weights
 from distrifusion.bench.workload import Workload, load
 from distrifusion.comm import Comm
 from distrifusion.comm.torch_dist import TorchComm
+from distrifusion.products import fast_products
 
 BARE = "bare"
+Around = Callable[[], AbstractContextManager[Any]]
+"""What a step runs in."""
+
 STEPS = {BARE: 2, "displaced": 4, "sync": 2}  # the last is timed, which asks for no new memory; then one is looked into
 
 
@@ -47,24 +55,25 @@ class Clock(TorchDispatchMode):
         return result
 
 
-def step(work: Workload, number: int) -> float:
+def step(work: Workload, number: int, around: Around = nullcontext) -> float:
     """CPU seconds of a step."""
     sample = work.sample(number)
     started = process_time()
-    work.run(sample)
+    with around():
+        work.run(sample)
     return process_time() - started
 
 
-def turn(comm: Comm, work: Workload, case: str) -> tuple[float, list[tuple[str, float]]]:
+def turn(comm: Comm, work: Workload, case: str, around: Around) -> tuple[float, list[tuple[str, float]]]:
     """CPU seconds of a step, and the calls of the next one."""
     if case != BARE:
         df.parallelize(work.model, df.ParallelConfig(strategy=case, warmup_steps=0), comm)  # type: ignore[arg-type]
     for number in range(STEPS[case]):
         comm.barrier()
-        seconds = step(work, number)
+        seconds = step(work, number, around)
     comm.barrier()
     with Clock() as clock:
-        step(work, STEPS[case])
+        step(work, STEPS[case], around)
     df.restore(work.model)
     return seconds, clock.calls
 
@@ -86,6 +95,7 @@ def main() -> None:
     parser.add_argument("--size", type=int, default=1024, help="pixels")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--text-tokens", type=int, default=77)
+    parser.add_argument("--products", action="store_true", help="the ranks' matrix products for the bare model too")
     parser.add_argument("--least", type=float, default=0.1, help="per cent: what is less is not printed")
     given = parser.parse_args()
     torch.set_num_threads(1)
@@ -94,14 +104,15 @@ def main() -> None:
     side = given.size // LATENT
     work = load(given.model, side, side, text_tokens=given.text_tokens)
     share_weights(work.model, comm)
+    bare: Around = partial(fast_products, work.sample(0)) if given.products else nullcontext
     seconds, calls = defaultdict[str, list[float]](list), defaultdict[str, list[Any]](list)
     alone = []
     for _ in range(given.rounds):
         comm.barrier()
         if comm.rank == 0:
-            alone.append([step(work, number) for number in range(STEPS[BARE])][-1])
+            alone.append([step(work, number, bare) for number in range(STEPS[BARE])][-1])
         for case in STEPS:  # each begins with a barrier
-            taken, made = turn(comm, work, case)
+            taken, made = turn(comm, work, case, bare if case == BARE else nullcontext)
             seconds[case].append(taken)
             calls[case].append(made)
     everyone = comm.all_gather_object(dict(seconds))

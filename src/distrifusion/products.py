@@ -25,8 +25,8 @@ SWITCH = "DISTRIFUSION_ONEDNN"
 LEAST_GAIN = 1.3  # over torch's own; measured are 1.0 and 2.2, and what is between should be the same in every run
 LEAST_WORK = 1 << 24  # multiplications: less takes so little time that torch may go on with it, to the bit
 LEAST_KEYS = 256  # of fewer, torch's own attention is as fast
-SCORES = 1 << 20  # at a time: 4 MiB, which stay in a cache
-FEWEST, MOST = 64, 1024  # queries at a time: of fewer, reading the keys again takes the time
+SCORES = 1 << 20  # of a thread at a time: 4 MiB, which stay in a cache
+FEWEST, MOST = 64, 1024  # queries of a thread at a time: of fewer, reading the keys again takes the time
 
 
 def fast_products(sample: Tensor, *, is_planned: bool = False) -> AbstractContextManager[Any]:
@@ -126,7 +126,7 @@ def _attention(query: Tensor, key: Tensor, value: Tensor, scale: float | None, s
     """Some queries at a time, so that their scores for all keys stay in the cache between the two products."""
     batch, heads, num_queries, width = query.shape
     out = query.new_empty(batch, num_queries, heads, value.shape[-1])  # as torch's own lies
-    step = max(FEWEST, min(MOST, SCORES // key.shape[2]))
+    step = torch.get_num_threads() * max(FEWEST, min(MOST, SCORES // key.shape[2]))
     for sample in range(batch):
         for head in range(heads):
             scaled = key[sample, head] * (width**-0.5 if scale is None else scale)  # [keys, D]
