@@ -104,7 +104,7 @@ def main() -> None:
     side = given.size // LATENT
     work = load(given.model, side, side, text_tokens=given.text_tokens)
     share_weights(work.model, comm)
-    bare: Around = partial(fast_products, work.sample(0)) if given.products else nullcontext
+    bare: Around = partial(fast_products, work.sample(0), work.model) if given.products else nullcontext
     seconds, calls = defaultdict[str, list[float]](list), defaultdict[str, list[Any]](list)
     alone = []
     for _ in range(given.rounds):

@@ -6,6 +6,7 @@ gets, without mutation, and runs that operation by operation; one test takes tor
 
 from __future__ import annotations
 
+import os
 import shutil
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -20,6 +21,7 @@ from torch._dynamo.backends.registry import lookup_backend
 
 import distrifusion as df
 from distrifusion.layers import compiled as operators
+from distrifusion.products import SWITCH
 from models import build as build_unet
 from models import conditioning, distance, latents
 from pipelines import SYNC, controlnet, picture, sample, sd
@@ -34,10 +36,14 @@ EXACT = 1e-5
 
 @pytest.fixture(scope="module")
 def pool() -> Iterator[ProcessPool]:
-    """With more patience than the session's: a rank that has compiled its graph waits for one that has not."""
-    processes = ProcessPool(max_world=3, timeout=200.0, patience=400.0)
-    yield processes
-    processes.stop()
+    """With more patience than the session's: a rank that has compiled its graph waits for one that has not.
+
+    Matrix products are asked for, so that a hook which a compiler cannot follow would show on every machine.
+    """
+    with mock.patch.dict(os.environ, {SWITCH: "1"}):
+        processes = ProcessPool(max_world=3, timeout=200.0, patience=400.0)
+        yield processes
+        processes.stop()
 
 
 UNET = "class-labels"  # two levels, and one of everything in each

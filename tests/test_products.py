@@ -161,12 +161,11 @@ def test_it_is_taken_where_it_pays_or_is_asked_for(
     monkeypatch.setattr(products, "_GAIN", products._Gain(lambda: times.append(1) or gain))
     monkeypatch.setenv(products.SWITCH, said)
     for _ in range(2):
-        assert isinstance(fast_products(noise(1)), Products) == expected
+        assert isinstance(fast_products(noise(1), nn.Identity()), Products) == expected
         for other in (noise(1).double(), noise(1).bfloat16(), torch.empty(1, device="meta")):
-            assert not isinstance(fast_products(other), Products)
+            assert not isinstance(fast_products(other, nn.Identity()), Products)
         with torch.autocast("cpu", torch.bfloat16):
-            assert not isinstance(fast_products(noise(1)), Products)
-        assert not isinstance(fast_products(noise(1), is_planned=True), Products)
+            assert not isinstance(fast_products(noise(1), nn.Identity()), Products)
     assert len(times) == (said == "")
 
 
@@ -244,17 +243,22 @@ def test_planned_memory_is_that_of_torchs_own(calls: list[Any]) -> None:
     assert not calls
 
 
-def test_a_compiled_block_is_one_graph_of_torchs_own(calls: list[Any]) -> None:
-    layer, graphs, x = nn.Sequential(nn.Linear(8, 8), nn.SiLU(), nn.Linear(8, 8)), [], noise(4, 8)
+def in_place(model: nn.Sequential) -> None:
+    model.compile(backend="eager")
 
-    def backend(graph: Any, inputs: Any) -> Any:
-        graphs.append([node.target for node in graph.graph.nodes if node.op == "call_function"])
-        return graph
 
-    compiled = torch.compile(layer, backend=backend, fullgraph=True)
-    with Products():
-        result = compiled(x)
-    torch._dynamo.reset()
-    assert distance(result, layer(x)) <= EXACT
-    assert len(graphs) == 1
-    assert graphs[0].count(F.linear) == 2  # and so a compiler chooses: this backend alone runs what it was given
+def a_part(model: nn.Sequential) -> None:
+    model[1].compile(backend="eager")
+
+
+def within(model: nn.Sequential) -> None:
+    model[1] = torch.compile(model[1], backend="eager")  # type: ignore[assignment]
+
+
+@pytest.mark.parametrize("compiled", [in_place, a_part, within])
+def test_what_is_compiled_is_left_to_the_compiler(calls: list[Any], compiled: Any) -> None:
+    """That whole models are, and run, is in test_compile.py, where all is asked for."""
+    model = nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 8))
+    assert isinstance(fast_products(noise(1), model), Products)
+    compiled(model)
+    assert not isinstance(fast_products(noise(1), model), Products)

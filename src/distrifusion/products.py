@@ -29,17 +29,24 @@ SCORES = 1 << 20  # of a thread at a time: 4 MiB, which stay in a cache
 FEWEST, MOST = 64, 1024  # queries of a thread at a time: of fewer, reading the keys again takes the time
 
 
-def fast_products(sample: Tensor, *, is_planned: bool = False) -> AbstractContextManager[Any]:
+def fast_products(sample: Tensor, model: nn.Module) -> AbstractContextManager[Any]:
     """Within it, this thread's float32 linear layers, plain attention and 1 x 1 convolutions are oneDNN's.
 
-    Where that pays on this machine and for a model with this input, or DISTRIFUSION_ONEDNN is 1; where it is 0, never.
-    Nor where memory ``is_planned``: oneDNN lays weights out anew, in memory that a rehearsal does not see.
+    Where that pays on this machine, or DISTRIFUSION_ONEDNN is 1; where it is 0, never. Nor where a part of ``model`` is
+    compiled: torch's compiler cannot follow all that is hooked, and chooses by itself. It is not for where memory is
+    planned: oneDNN lays weights out anew, in memory that a rehearsal does not see.
 
     Raises:
         ConfigError: the variable is something else.
     """
     is_ours = sample.device.type == "cpu" and sample.dtype == torch.float32 and not torch.is_autocast_enabled("cpu")
-    return Products() if is_ours and not is_planned and is_wanted() else nullcontext()
+    return Products() if is_ours and is_wanted() and not _has_graphs(model) else nullcontext()
+
+
+def _has_graphs(model: nn.Module) -> bool:
+    """Whether a module was compiled in place, or within another."""
+    modules = model.modules()
+    return any(module._compiled_call_impl is not None or "_orig_mod" in module._modules for module in modules)
 
 
 def is_wanted() -> bool:
@@ -65,10 +72,7 @@ class Products(TorchFunctionMode):
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """Torch's hook above every operation."""
-        ours = _OURS.get(func)
-        if ours is None or torch.compiler.is_compiling():
-            return func(*args, **(kwargs or {}))
-        return ours(*args, **(kwargs or {}))
+        return _OURS.get(func, func)(*args, **(kwargs or {}))
 
 
 def linear(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:

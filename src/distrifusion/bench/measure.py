@@ -47,7 +47,7 @@ class Bench:
         if is_shape(plan.model):  # weights of a folder lie in a file as they are
             share_weights(work.model, comm)
         self._work = {(rows, cols): work.resized(rows // LATENT, cols // LATENT) for rows, cols in plan.sizes}
-        self._products = fast_products(work.sample(0))
+        self._products = fast_products(work.sample(0), work.model)
         self._timings = [Timing(case, size) for size in plan.sizes for case in plan.cases]
         self._tell, self._num_done = tell, 0
 
@@ -146,7 +146,7 @@ def _spread(work: Workload, case: Case, comm: Comm, num_steps: int) -> Iterator[
             steps = [picture.step] * (num_steps - 1) + [partial(_to_its_end, work, picture.step)]
         elif case.strategy is not None:
             parallelize(work.model, case.config, comm)
-        with torch.no_grad(), fast_products(samples[0]) if case.products else nullcontext():
+        with torch.no_grad(), fast_products(samples[0], work.model) if case.products else nullcontext():
             yield steps
     finally:
         restore(work.model)

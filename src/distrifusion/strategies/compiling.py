@@ -47,6 +47,11 @@ class Compiling:
         return self._known[1]
 
     @property
+    def is_whole(self) -> bool:
+        """Whether the model runs as a graph."""
+        return self.forward() is not self._forward
+
+    @property
     def note(self) -> str | None:
         """What a report should say."""
         compiled = self._model._compiled_call_impl or self._wrapper

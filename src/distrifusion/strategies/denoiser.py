@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from typing import Any, TypeVar
 
 import torch
@@ -229,7 +230,8 @@ class ParallelDenoiser:
         """Run the model on what is this rank's of the picture and the batch."""
         fed = [feeder.take_cost() for feeder in self._feeders]
         feeders = [feeder._cutting for feeder in self._feeders] if any(cost.num_calls for cost in fed) else []
-        with fast_products(call.sample, is_planned=self._config.max_memory is not None):
+        is_left = self._config.max_memory is not None or self._compiling.is_whole
+        with nullcontext() if is_left else fast_products(call.sample, self.model):
             ran = self._way.run(call, state, feeders, self.report)
         if not ran.is_complete:
             self._pictures.forget()  # the model left out seams: the next step cannot build on this one

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from time import perf_counter
 from typing import TYPE_CHECKING, Any
 
@@ -149,7 +150,6 @@ class _ParallelHalf(Layer):
         self._rings = config.rings
         self._layers = Attached()
         self._left_out: Any = None  # the room for a past that the last call was not given
-        self._is_planned = config.max_memory is not None
         self._budget, self._fits = budget, dict[Any, tuple[Bands | None, Fit]]()  # by what is to fit
         self._forward = torch.compiler.disable(self._run)  # type: ignore[no-untyped-call]
 
@@ -181,7 +181,7 @@ class _ParallelHalf(Layer):
         arguments = self._without_past(bind(type(self.module).forward, self.module, args, kwargs))
         sample = next(iter(arguments.values()))  # [B, C, (frames,) H, W]
         started, counted = perf_counter(), self._comm.meter.totals()
-        with torch.no_grad(), fast_products(sample, is_planned=self._is_planned):
+        with torch.no_grad(), self._products(sample):
             try:
                 whole = self._whole(sample, arguments)
             finally:
@@ -191,6 +191,9 @@ class _ParallelHalf(Layer):
         if torch.is_grad_enabled():
             whole = _NoGradient.apply(whole, sample, next(self.module.parameters()))  # type: ignore[no-untyped-call]
         return whole
+
+    def _products(self, sample: Tensor) -> AbstractContextManager[Any]:
+        return fast_products(sample, self.module) if self._budget is None else nullcontext()
 
     def _without_past(self, arguments: dict[str, Any]) -> dict[str, Any]:
         """See `Half.without_past`. A VAE makes a new list for each picture, so that frames one by one are noticed."""
