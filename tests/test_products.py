@@ -9,10 +9,11 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
 import distrifusion as df
 from distrifusion import products
-from distrifusion.products import FLASH, Products, fast_products
+from distrifusion.products import FLASH, Products, fast_products, without_products
 from models import build, conditioning, distance, latents
 from transformers_cross import CROSS
 from transformers_joint import JOINT
@@ -241,6 +242,30 @@ def test_planned_memory_is_that_of_torchs_own(calls: list[Any]) -> None:
 
     df.run_ranks(2, rank)
     assert not calls
+
+
+def test_what_has_no_product_is_not_hooked(calls: list[Any]) -> None:
+    class Other(TorchFunctionMode):
+        def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            seen.append(func)
+            return func(*args, **(kwargs or {}))
+
+    @without_products
+    def work(x: Tensor) -> Tensor:
+        """As ever."""
+        return F.linear(x, x)
+
+    seen: list[Any] = []
+    assert work.__doc__ == "As ever."
+    with Products():
+        work(noise(3, 3))
+        assert not calls
+        with Other():  # a hook that is not ours stays
+            work(noise(3, 3))
+        assert F.linear in seen
+        assert len(calls) == 1
+        F.linear(noise(3, 3), noise(3, 3))
+    assert len(calls) == 2
 
 
 def in_place(model: nn.Sequential) -> None:

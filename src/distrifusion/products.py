@@ -7,19 +7,22 @@ throughout, and differ in the order of sums. So that is not decided by the name 
 
 from __future__ import annotations
 
+import functools
 import os
 import threading
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from time import perf_counter
-from typing import Any
+from typing import Any, TypeVar, cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.overrides import TorchFunctionMode
+from torch.overrides import TorchFunctionMode, _get_current_function_mode, _pop_mode_temporarily
 
 from .errors import ConfigError
+
+T = TypeVar("T", bound=Callable[..., Any])
 
 SWITCH = "DISTRIFUSION_ONEDNN"
 LEAST_GAIN = 1.3  # over torch's own; measured are 1.0 and 2.2, and what is between should be the same in every run
@@ -75,9 +78,23 @@ class Products(TorchFunctionMode):
         return _OURS.get(func, func)(*args, **(kwargs or {}))
 
 
+def without_products(work: T) -> T:
+    """``work`` where no operation is hooked by `Products`: for what has no product in it and many small operations."""
+
+    @functools.wraps(work)
+    def aside(*args: Any, **kwargs: Any) -> Any:
+        mode = None if torch.compiler.is_compiling() else _get_current_function_mode()  # type: ignore[no-untyped-call]
+        if not isinstance(mode, Products):
+            return work(*args, **kwargs)
+        with _pop_mode_temporarily():
+            return work(*args, **kwargs)
+
+    return cast(T, aside)
+
+
 def linear(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """`torch.nn.functional.linear` of ``[..., I]``, ``[O, I]`` and ``[O]``, by oneDNN where it is worth it."""
-    if weight.ndim != 2 or not _are_plain(input, weight, bias) or input.numel() * weight.shape[0] < LEAST_WORK:
+    if input.numel() * weight.shape[0] < LEAST_WORK or weight.ndim != 2 or not _are_plain(input, weight, bias):
         return F.linear(input, weight, bias)
     return _product(input, weight, bias)
 
@@ -85,7 +102,7 @@ def linear(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
 def conv2d(input: Tensor, weight: Tensor, bias: Tensor | None = None, *options: Any, **named: Any) -> Tensor:
     """`torch.nn.functional.conv2d`. Of a window of one pixel, which torch takes for a product in one thread."""
     is_product = not named and options in _ONE_PIXEL and input.ndim == weight.ndim == 4 and weight.shape[2:] == (1, 1)
-    if not is_product or not _are_plain(input, weight, bias) or input.numel() * weight.shape[0] < LEAST_WORK:
+    if not is_product or input.numel() * weight.shape[0] < LEAST_WORK or not _are_plain(input, weight, bias):
         return F.conv2d(input, weight, bias, *options, **named)
     return torch.mkldnn_convolution(input, weight, bias, (0, 0), (1, 1), (1, 1), 1)
 

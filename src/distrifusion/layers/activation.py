@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..products import without_products
 from .base import Layer
 from .rows import empty_with_room
 
@@ -23,6 +24,7 @@ class PatchSiLU(Layer):
         """See Layer."""
         return self._forward
 
+    @without_products
     def _forward(self, x: Tensor) -> Tensor:
         module = self.module
         # Not the time embedding, a patch without rows, or one without a halo; and a compiler sees to such copies.

@@ -13,6 +13,7 @@ from torch.overrides import TorchFunctionMode
 from ..comm import Pending
 from ..errors import UnsupportedModel
 from ..geometry import Nearby, Span, halo
+from ..products import without_products
 from .base import Frame, FrameHolder, Layer
 from .merge import attend_own_first, can_merge
 
@@ -93,6 +94,7 @@ class PatchAttention(Layer):
         is_known = type(self.module.processor).__name__ == "AttnProcessor2_0" and self.module.norm_k is None
         return frame.exchange.is_slow and frame.context_window is None and is_known
 
+    @without_products
     def gather(self, frame: Frame, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
         """Keys and values ``[B, all tokens, C]`` from the own ones ``[B, tokens, C]``, as one message.
 

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from ..errors import UnsupportedModel
 from ..exchange import Exchange, Recall
 from ..geometry import Levels, Reader, Span, Split, halo
+from ..products import without_products
 from .compiled import ask, new_number, place_of
 from .rows import attach, own_rows
 
@@ -229,6 +230,7 @@ class HaloLayer(Layer):
         return [self.with_halo(self.frame, tensors[0])]
 
 
+@without_products
 def with_halo(frame: Frame, key: str, patch: Tensor, inputs: Split, outputs: Split, reader: Reader) -> Tensor:
     """The rows a layer reads to make the output rows it owns: ``patch`` ``[B, C, rows, W]`` with its halo attached.
 

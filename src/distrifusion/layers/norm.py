@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..moments import measure
+from ..products import without_products
 from .base import Layer
 
 
@@ -24,6 +25,7 @@ class PatchGroupNorm(Layer):
         """See Layer."""
         return self._forward
 
+    @without_products
     def _forward(self, x: Tensor) -> Tensor:
         module, x = self.module, x.contiguous()
         batch, channels = x.shape[:2]

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..products import without_products
 from .base import Layer
 
 _LORA = "peft.tuners.lora.layer.Linear"
@@ -77,6 +78,7 @@ class PatchPrompt(Layer):
         return self.plain(self.module, *args, **kwargs)
 
 
+@without_products
 def _mark(module: nn.Module, args: Any, held: list[Tensor]) -> Any:
     """Compares equal where ``module`` would give the same; None where that cannot be told. ``held``: see Kept."""
     parts: list[Any] = []
