@@ -11,7 +11,7 @@ import torch
 import distrifusion as df
 from distrifusion.comm import shared, shared_route
 from distrifusion.comm.route import Layout
-from distrifusion.comm.shared import Lane, _Parcel, open_shared
+from distrifusion.comm.shared import Lane, _nap, _Parcel, open_shared
 from distrifusion.comm.shared_route import SharedRoute, open_shared_route
 
 pytestmark = pytest.mark.skipif(not Path("/dev/shm").is_dir(), reason="no /dev/shm on this system")
@@ -163,3 +163,14 @@ def test_a_peer_at_another_turn_of_a_route_is_told():
     route.launch()
     with pytest.raises(df.RanksDisagree, match="rank 1 of the group is at turn 7 of a route, not 1"):
         route.wait()
+
+
+def test_the_longer_a_wait_the_less_often_it_looks_and_never_much_too_late() -> None:
+    waited = [10.0**-exponent for exponent in range(-3, 6)][::-1]
+    naps = [_nap(seconds) for seconds in waited]
+    assert naps == sorted(naps)
+    assert naps[0] == 1e-4
+    assert naps[-1] == 0.02
+    for seconds, nap in zip(waited, naps, strict=True):
+        assert nap <= max(1e-4, seconds / 16)
+        assert nap <= max(1e-3, seconds / 256)

@@ -62,7 +62,8 @@ def parallelize(target: T, config: ParallelConfig | None = None, comm: Comm | No
         The same object. A world of one changes nothing, but for a ``topology`` whose ends meet, and ``max_memory``.
 
     Raises:
-        ConfigError: the world does not fit the configuration, or the target is parallel already.
+        ConfigError: the world does not fit the configuration, the target is parallel already, or DISTRIFUSION_ONEDNN is
+            neither 0 nor 1.
         UnsupportedModel: a model without a table, or a module that would be computed wrongly in patches.
         RanksDisagree: the ranks have different configurations.
     """
