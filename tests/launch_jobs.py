@@ -12,7 +12,7 @@ RANK = int(os.environ.get("RANK", "-1"))
 
 def speak() -> None:
     names = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "JOB_WORD")
-    print(*(os.environ[name] for name in names))
+    print(*(os.environ[name] for name in names), flush=True)  # a file's buffer would come after what goes to stderr
     print("own session", os.getsid(0) == os.getpid(), file=sys.stderr)
 
 
