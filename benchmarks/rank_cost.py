@@ -32,7 +32,7 @@ from distrifusion.bench.sharing import share_weights
 from distrifusion.bench.workload import Workload, load
 from distrifusion.comm import Comm
 from distrifusion.comm.torch_dist import TorchComm
-from distrifusion.products import fast_products
+from distrifusion.products import fast_products, is_wanted
 
 BARE = "bare"
 Around = Callable[[], AbstractContextManager[Any]]
@@ -104,7 +104,7 @@ def main() -> None:
     side = given.size // LATENT
     work = load(given.model, side, side, text_tokens=given.text_tokens)
     share_weights(work.model, comm)
-    bare: Around = partial(fast_products, work.sample(0), work.model) if given.products else nullcontext
+    bare: Around = partial(fast_products, work.sample(0), work.model) if given.products and is_wanted() else nullcontext
     seconds, calls = defaultdict[str, list[float]](list), defaultdict[str, list[Any]](list)
     alone = []
     for _ in range(given.rounds):

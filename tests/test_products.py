@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 import distrifusion as df
-from distrifusion import products
+from distrifusion import pipeline, products
 from distrifusion.products import FLASH, Products, fast_products, without_products
 from models import build, conditioning, distance, latents
 from transformers_cross import CROSS
@@ -162,12 +162,27 @@ def test_it_is_taken_where_it_pays_or_is_asked_for(
     monkeypatch.setattr(products, "_GAIN", products._Gain(lambda: times.append(1) or gain))
     monkeypatch.setenv(products.SWITCH, said)
     for _ in range(2):
-        assert isinstance(fast_products(noise(1), nn.Identity()), Products) == expected
-        for other in (noise(1).double(), noise(1).bfloat16(), torch.empty(1, device="meta")):
-            assert not isinstance(fast_products(other, nn.Identity()), Products)
-        with torch.autocast("cpu", torch.bfloat16):
-            assert not isinstance(fast_products(noise(1), nn.Identity()), Products)
+        assert products.is_wanted() == expected
     assert len(times) == (said == "")
+
+
+def test_only_float32_of_the_cpu_is_hooked() -> None:
+    assert isinstance(fast_products(noise(1), nn.Identity()), Products)
+    for other in (noise(1).double(), noise(1).bfloat16(), torch.empty(1, device="meta")):
+        assert not isinstance(fast_products(other, nn.Identity()), Products)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert not isinstance(fast_products(noise(1), nn.Identity()), Products)
+
+
+def test_a_rank_that_does_not_want_them_decides_for_all(calls: list[Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    names = iter("ab")  # thread ranks share an environment: the second to ask says no
+    monkeypatch.setattr(pipeline, "is_wanted", lambda: next(names) == "a")
+
+    def rank(comm: Any) -> None:
+        df.parallelize(build("sd15"), None, comm)(latents("sd15"), 500, **conditioning("sd15"))
+
+    df.run_ranks(2, rank)
+    assert not calls
 
 
 def test_what_cannot_gain_is_not_timed(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -27,7 +27,7 @@ from .parts import (
     vae_of,
 )
 from .planner.memory import LIBRARIES, Budget
-from .products import asked_for
+from .products import asked_for, is_wanted
 from .strategies.agreement import agree
 from .strategies.balance import Balance
 from .strategies.budget import shared_bytes
@@ -89,7 +89,8 @@ def parallelize(target: T, config: ParallelConfig | None = None, comm: Comm | No
     budget = _budget(target, models or [vae], config, comm, mesh)
     is_shared = hasattr(vae, _MARK)
     try:
-        whole = _spread_vae(vae, config, comm, timesteps, budget, is_target=not models)
+        products = config.max_memory is None and _take_products(comm)
+        whole = _spread_vae(vae, config, comm, timesteps, budget, is_target=not models, products=products)
         agree(comm, {"VAE": "; ".join(whole) or "parallel"})  # or a rank with offload would leave the others to wait
         for model in models:
             nets = [] if model is target else controlnets_of(target)
@@ -102,7 +103,11 @@ def parallelize(target: T, config: ParallelConfig | None = None, comm: Comm | No
                 conditions += [SharedCondition(net, comm) for net in nets]
                 tables.clear()
             feeders: list[ParallelDenoiser] = []
-            shared: dict[str, Any] = {"guidance": guidance, "balance": Balance(config, mesh, comm)}
+            shared: dict[str, Any] = {
+                "guidance": guidance,
+                "balance": Balance(config, mesh, comm),
+                "products": products,
+            }
             for table in filter(None, tables):
                 wrapper = compiled_wrapper(target, table.model)
                 feeders.append(ParallelDenoiser(table, config, comm, timesteps, wrapper=wrapper, **shared))
@@ -118,6 +123,11 @@ def parallelize(target: T, config: ParallelConfig | None = None, comm: Comm | No
     if config.text_encoders != "every" and comm.world > 1:
         _share_encoders(target, comm, is_freed=config.text_encoders == "freed")
     return target
+
+
+def _take_products(comm: Comm) -> bool:
+    """Whether all ranks want `fast_products`: those that compute the same are to have the same bits. Blocks."""
+    return all(comm.all_gather_object(comm.device.type == "cpu" and is_wanted()))
 
 
 def _share_encoders(target: Any, comm: Comm, is_freed: bool) -> None:
@@ -179,6 +189,7 @@ def _spread_vae(
     timesteps: Callable[[], Any],
     budget: Budget | None,
     is_target: bool,
+    products: bool,
 ) -> list[str]:
     """Make ``vae`` parallel, if there is one; what the report is to say where it is not.
 
@@ -211,7 +222,7 @@ def _spread_vae(
     if halves is None:
         return [f"{name} runs whole on every rank"]
     try:
-        setattr(vae, _MARK, ParallelVAE(halves, config, comm, timesteps, budget))
+        setattr(vae, _MARK, ParallelVAE(halves, config, comm, timesteps, budget, products))
     except UnsupportedModel as why:
         if needs_it:
             raise

@@ -35,15 +35,12 @@ FEWEST, MOST = 64, 1024  # queries of a thread at a time: of fewer, reading the 
 def fast_products(sample: Tensor, model: nn.Module) -> AbstractContextManager[Any]:
     """Within it, this thread's float32 linear layers, plain attention and 1 x 1 convolutions are oneDNN's.
 
-    Where that pays on this machine, or DISTRIFUSION_ONEDNN is 1; where it is 0, never. Nor where a part of ``model`` is
-    compiled: torch's compiler cannot follow all that is hooked, and chooses by itself. It is not for where memory is
-    planned: oneDNN lays weights out anew, in memory that a rehearsal does not see.
-
-    Raises:
-        ConfigError: the variable is something else.
+    Not where a part of ``model`` is compiled: torch's compiler cannot follow all that is hooked, and chooses by itself.
+    It is for where they are wanted (`is_wanted`), and no memory is planned: oneDNN lays weights out anew, in memory
+    that a rehearsal does not see.
     """
     is_ours = sample.device.type == "cpu" and sample.dtype == torch.float32 and not torch.is_autocast_enabled("cpu")
-    return Products() if is_ours and is_wanted() and not _has_graphs(model) else nullcontext()
+    return Products() if is_ours and not _has_graphs(model) else nullcontext()
 
 
 def _has_graphs(model: nn.Module) -> bool:
@@ -53,7 +50,11 @@ def _has_graphs(model: nn.Module) -> bool:
 
 
 def is_wanted() -> bool:
-    """See `fast_products`."""
+    """Whether oneDNN's products are much faster on this machine, or DISTRIFUSION_ONEDNN is 1; where it is 0, never.
+
+    Raises:
+        ConfigError: the variable is something else.
+    """
     asked = asked_for()
     return _has_onednn() and (asked if asked is not None else _GAIN.is_enough())
 

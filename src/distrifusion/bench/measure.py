@@ -8,7 +8,7 @@ cases like the others.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import partial
 from time import perf_counter, process_time
 from typing import Any
@@ -17,7 +17,7 @@ import torch
 
 from ..comm import Comm
 from ..pipeline import parallelize, report, restore
-from ..products import Products, fast_products
+from ..products import Products, fast_products, is_wanted
 from .memory import PeakMemory
 from .picture import Picture
 from .plan import LATENT, Case, Plan
@@ -47,7 +47,7 @@ class Bench:
         if is_shape(plan.model):  # weights of a folder lie in a file as they are
             share_weights(work.model, comm)
         self._work = {(rows, cols): work.resized(rows // LATENT, cols // LATENT) for rows, cols in plan.sizes}
-        self._products = fast_products(work.sample(0), work.model)
+        self._products = _products(work)
         self._timings = [Timing(case, size) for size in plan.sizes for case in plan.cases]
         self._tell, self._num_done = tell, 0
 
@@ -146,7 +146,7 @@ def _spread(work: Workload, case: Case, comm: Comm, num_steps: int) -> Iterator[
             steps = [picture.step] * (num_steps - 1) + [partial(_to_its_end, work, picture.step)]
         elif case.strategy is not None:
             parallelize(work.model, case.config, comm)
-        with torch.no_grad(), fast_products(samples[0], work.model) if case.products else nullcontext():
+        with torch.no_grad(), _products(work) if case.products else nullcontext():
             yield steps
     finally:
         restore(work.model)
@@ -155,6 +155,11 @@ def _spread(work: Workload, case: Case, comm: Comm, num_steps: int) -> Iterator[
         if blocks:
             torch.compiler.reset()  # the next turn has other layers; torch gives up where it has too many graphs
         torch.set_num_threads(before)
+
+
+def _products(work: Workload) -> AbstractContextManager[Any]:
+    """What ranks of a parallel model compute in."""
+    return fast_products(work.sample(0), work.model) if is_wanted() else nullcontext()
 
 
 def _to_its_end(work: Workload, step: Callable[[], Any]) -> None:

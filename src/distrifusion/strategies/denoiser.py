@@ -56,6 +56,7 @@ class ParallelDenoiser:
         notes: what the report is to say beside the numbers.
         wrapper: see `Compiling`.
         budget: the memory of a rank; None: no matter how much.
+        products: whether all ranks take `fast_products`.
 
     Raises:
         ConfigError: the world does not fit the configuration.
@@ -76,6 +77,7 @@ class ParallelDenoiser:
         notes: Sequence[str] = (),
         wrapper: Any = None,
         budget: Budget | None = None,
+        products: bool = False,
     ) -> None:
         check_model(table, config)
         self._table, self._config, self._comm = table, config, comm
@@ -83,7 +85,7 @@ class ParallelDenoiser:
         guidance = guidance if guidance is not None else Guidance(mesh, comm)
         self._balance = balance if balance is not None else Balance(config, mesh, comm)
         self._feeders, self._conditions, self._notes = tuple(feeders), tuple(conditions), tuple(notes)
-        self.budget = budget
+        self.budget, self._products = budget, products
         cut = cut_comm(config, guidance.patches)
         strategy = strategy_for(config, cut or guidance.patches, comm)
         self._cutting = Cutting(table, config, mesh, comm.rank, self._balance, strategy)
@@ -230,8 +232,8 @@ class ParallelDenoiser:
         """Run the model on what is this rank's of the picture and the batch."""
         fed = [feeder.take_cost() for feeder in self._feeders]
         feeders = [feeder._cutting for feeder in self._feeders] if any(cost.num_calls for cost in fed) else []
-        is_left = self._config.max_memory is not None or self._compiling.is_whole
-        with nullcontext() if is_left else fast_products(call.sample, self.model):
+        is_fast = self._products and not self._compiling.is_whole
+        with fast_products(call.sample, self.model) if is_fast else nullcontext():
             ran = self._way.run(call, state, feeders, self.report)
         if not ran.is_complete:
             self._pictures.forget()  # the model left out seams: the next step cannot build on this one

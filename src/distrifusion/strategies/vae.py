@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import nullcontext
 from time import perf_counter
 from typing import TYPE_CHECKING, Any
 
@@ -44,6 +44,7 @@ class ParallelVAE:
         comm: all ranks.
         budget: the memory of a rank; None: no matter how much.
         timesteps: see `ParallelDenoiser`; another object is another picture.
+        products: see `ParallelDenoiser`.
 
     Raises:
         ConfigError: the world does not fit the configuration.
@@ -57,6 +58,7 @@ class ParallelVAE:
         comm: Comm,
         timesteps: Callable[[], Any] = lambda: None,
         budget: Budget | None = None,
+        products: bool = False,
     ) -> None:
         self._config, self._comm = config, comm
         self._mesh = Mesh.fit(config, comm.world)
@@ -66,7 +68,7 @@ class ParallelVAE:
         self.topology = config.topology
         self.tally: dict[str, Tally] = {}  # of the present picture, by kind of call
         self.model: Any = halves[0].vae
-        self._halves = [_ParallelHalf(half, config, comm, self._record, budget) for half in halves]
+        self._halves = [_ParallelHalf(half, config, comm, self._record, budget, products) for half in halves]
         self._attached = Attached()
         self._attach()
 
@@ -143,6 +145,7 @@ class _ParallelHalf(Layer):
         comm: Comm,
         record: Callable[[str, float, int, int], None],
         budget: Budget | None,
+        products: bool,
     ) -> None:
         super().__init__(half.module, f"{half.kind}r", FrameHolder())
         self._half, self._comm, self._record = half, comm, record
@@ -150,6 +153,7 @@ class _ParallelHalf(Layer):
         self._rings = config.rings
         self._layers = Attached()
         self._left_out: Any = None  # the room for a past that the last call was not given
+        self._products = products
         self._budget, self._fits = budget, dict[Any, tuple[Bands | None, Fit]]()  # by what is to fit
         self._forward = torch.compiler.disable(self._run)  # type: ignore[no-untyped-call]
 
@@ -181,7 +185,7 @@ class _ParallelHalf(Layer):
         arguments = self._without_past(bind(type(self.module).forward, self.module, args, kwargs))
         sample = next(iter(arguments.values()))  # [B, C, (frames,) H, W]
         started, counted = perf_counter(), self._comm.meter.totals()
-        with torch.no_grad(), self._products(sample):
+        with torch.no_grad(), fast_products(sample, self.module) if self._products else nullcontext():
             try:
                 whole = self._whole(sample, arguments)
             finally:
@@ -191,9 +195,6 @@ class _ParallelHalf(Layer):
         if torch.is_grad_enabled():
             whole = _NoGradient.apply(whole, sample, next(self.module.parameters()))  # type: ignore[no-untyped-call]
         return whole
-
-    def _products(self, sample: Tensor) -> AbstractContextManager[Any]:
-        return fast_products(sample, self.module) if self._budget is None else nullcontext()
 
     def _without_past(self, arguments: dict[str, Any]) -> dict[str, Any]:
         """See `Half.without_past`. A VAE makes a new list for each picture, so that frames one by one are noticed."""
