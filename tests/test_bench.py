@@ -16,7 +16,7 @@ from torch.overrides import TorchFunctionMode
 
 import distrifusion as df
 from distrifusion import joined
-from distrifusion.bench import command, memory, plot
+from distrifusion.bench import command, memory, plot, start
 from distrifusion.bench.measure import Bench
 from distrifusion.bench.memory import PeakMemory
 from distrifusion.bench.plan import Case, Plan, cases_for, parse_sizes
@@ -423,6 +423,13 @@ def test_alone_the_command_starts_its_ranks_and_writes_the_trace(tmp_path: Path)
     ranks = json.loads(trace.read_text())["otherData"]["ranks"]
     assert [rank["rank"] for rank in ranks] == [0, 1]
     assert list(tmp_path.iterdir()) == [trace]
+
+
+@pytest.mark.parametrize("name", [SWITCH, "DISTRIFUSION_SHARED_MEMORY"])
+def test_a_bad_variable_is_refused_before_ranks_start(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    monkeypatch.setenv(name, "yes")
+    with pytest.raises(df.ConfigError, match=f"{name}='yes' must be 0"):
+        start.run(Plan("sdxl-mini", ((64, 64),), 1, (Case(None),)))
 
 
 def of_torchrun(monkeypatch: pytest.MonkeyPatch, **given: Any) -> list[Any]:

@@ -40,9 +40,13 @@ def run(plan: Plan, on_progress: Tell = lambda done, total: None) -> Found:
         ConfigError: a value that cannot be measured.
         DistrifusionError: a rank failed; the end of its log is in the text.
     """
+    from ..comm.shared import is_allowed
     from ..launch import Group
+    from ..products import asked_for
 
     check_name(plan.model)
+    is_allowed()  # bad variables are refused here, not in the log of a rank
+    asked_for()
     if plan.device == "cpu" and plan.world > (os.cpu_count() or 1) * 8:
         raise ConfigError(f"{plan.world} ranks are too many for {os.cpu_count()} CPUs; at most 8 per CPU")
     with tempfile.TemporaryDirectory(prefix="distrifusion-bench-") as folder:
