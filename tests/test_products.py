@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterator
 from typing import Any
 
@@ -159,7 +160,8 @@ def test_it_is_taken_where_it_pays_or_is_asked_for(
 ) -> None:
     times = []
     monkeypatch.setattr(products, "_may_gain", lambda: True)
-    monkeypatch.setattr(products, "_GAIN", products._Gain(lambda: times.append(1) or gain))
+    monkeypatch.setattr(products, "_measured", lambda: times.append(1) or gain)
+    monkeypatch.setattr(products, "_found", functools.cache(products._found.__wrapped__))
     monkeypatch.setenv(products.SWITCH, said)
     for _ in range(2):
         assert products.is_wanted() == expected
@@ -175,8 +177,8 @@ def test_only_float32_of_the_cpu_is_hooked() -> None:
 
 
 def test_a_rank_that_does_not_want_them_decides_for_all(calls: list[Any], monkeypatch: pytest.MonkeyPatch) -> None:
-    names = iter("ab")  # thread ranks share an environment: the second to ask says no
-    monkeypatch.setattr(pipeline, "is_wanted", lambda: next(names) == "a")
+    answers = iter([True, False])  # thread ranks share an environment: the second to ask says no
+    monkeypatch.setattr(pipeline, "is_wanted", lambda: next(answers))
 
     def rank(comm: Any) -> None:
         df.parallelize(build("sd15"), None, comm)(latents("sd15"), 500, **conditioning("sd15"))
@@ -187,7 +189,8 @@ def test_a_rank_that_does_not_want_them_decides_for_all(calls: list[Any], monkey
 
 def test_what_cannot_gain_is_not_timed(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(products, "_may_gain", lambda: False)
-    assert not products._Gain(lambda: pytest.fail("timed")).is_enough()
+    monkeypatch.setattr(products, "_measured", lambda: pytest.fail("timed"))
+    assert not products._found.__wrapped__()
 
 
 def test_timing_tells_how_many_times_faster_it_is() -> None:

@@ -1,7 +1,7 @@
 """Matrix products of float32 on the CPU: by oneDNN, where that is much faster here than what torch takes by itself.
 
 Torch gives convolutions to oneDNN and matrix products to MKL, whose AVX-512 kernels are for Intel's processors. On
-others that have AVX-512 at full width oneDNN is about twice as fast, which is a third of a step. Both are float32
+others that have AVX-512 at full width oneDNN is about twice as fast (`benchmarks/products.py`). Both are float32
 throughout, and differ in the order of sums. So that is not decided by the name of a processor, both are timed once.
 """
 
@@ -56,7 +56,7 @@ def is_wanted() -> bool:
         ConfigError: the variable is something else.
     """
     asked = asked_for()
-    return _has_onednn() and (asked if asked is not None else _GAIN.is_enough())
+    return _has_onednn() and (asked if asked is not None else _is_faster())
 
 
 def asked_for() -> bool | None:
@@ -158,9 +158,8 @@ def _attention(query: Tensor, key: Tensor, value: Tensor, scale: float | None, s
                 scores = _product(query[sample, head, rows], scaled)
                 if sums is not None:
                     sums[sample, head, rows] = scores.amax(-1)
-                shares = torch.softmax(
-                    scores, -1, out=scores
-                )  # torch goes row by row, and reads a row before it writes
+                # In their place: torch goes row by row, and has read a row before it writes it.
+                shares = torch.softmax(scores, -1, out=scores)
                 if sums is not None:  # the largest share is exp(its score) over the sum, and at least 1 / keys
                     sums[sample, head, rows] -= shares.amax(-1).log()
                 out[sample, rows, head] = _product(shares, values)
@@ -174,6 +173,8 @@ def _pays(query: Tensor, key: Tensor, value: Tensor) -> bool:
     is_known = key.shape == (batch, heads, num_keys, width) and value.shape[:3] == key.shape[:3]
     return is_known and num_keys >= LEAST_KEYS and num_queries * num_keys * width >= LEAST_WORK
 
+
+_LOCK = threading.Lock()
 
 FLASH = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default
 """Torch's own attention, with the logarithm of the sums."""
@@ -206,19 +207,15 @@ def _has_onednn() -> bool:
     return torch._C._has_mkldnn and hasattr(torch.ops.mkldnn, "_linear_pointwise")
 
 
-class _Gain:
-    """How much faster oneDNN is: timed once, by the thread that asks first."""
+def _is_faster() -> bool:
+    """Whether by `LEAST_GAIN`; the thread that asks first finds out, alone."""
+    with _LOCK:
+        return _found()
 
-    def __init__(self, measure: Callable[[], float]) -> None:
-        self._measure, self._found = measure, None if _may_gain() else False
-        self._lock = threading.Lock()
 
-    def is_enough(self) -> bool:
-        """Whether by `LEAST_GAIN`."""
-        with self._lock:
-            if self._found is None:
-                self._found = self._measure() >= LEAST_GAIN
-            return self._found
+@functools.cache
+def _found() -> bool:
+    return _may_gain() and _measured() >= LEAST_GAIN
 
 
 def _may_gain() -> bool:
@@ -237,6 +234,3 @@ def _measured(rounds: int = 7) -> float:
             work(x, weight)
             best[which] = min(best[which], perf_counter() - started)
     return best[0] / best[1]
-
-
-_GAIN = _Gain(_measured)

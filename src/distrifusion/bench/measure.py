@@ -47,14 +47,10 @@ class Bench:
         if is_shape(plan.model):  # weights of a folder lie in a file as they are
             share_weights(work.model, comm)
         self._work = {(rows, cols): work.resized(rows // LATENT, cols // LATENT) for rows, cols in plan.sizes}
-        self._products = _products(work)
+        self.products = "oneDNN" if isinstance(_products(work), Products) else "torch"
+        """Whose matrix products the ranks of a parallel model take."""
         self._timings = [Timing(case, size) for size in plan.sizes for case in plan.cases]
         self._tell, self._num_done = tell, 0
-
-    @property
-    def products(self) -> str:
-        """Whose matrix products the ranks of a parallel model take."""
-        return "oneDNN" if isinstance(self._products, Products) else "torch"
 
     def measure(self) -> list[Timing]:
         """Time every case in every round; rank 0's timings count. ``tell(done, total)`` is called after each case."""
