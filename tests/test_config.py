@@ -129,13 +129,13 @@ def test_what_ranks_must_agree_on_is_in_the_text_of_stages() -> None:
         (
             {"codec": "int3"},
             r"codec='int3' must be one of 'fp16', 'bf16', 'int8', 'int4', 'int2', '1bit', or a mapping of 'context', "
-            r"'halo' to them",
+            r"'halo', 'output' to them",
         ),
         ({"codec": ""}, r"codec='' must be one of"),
         ({"codec": 8}, r"codec=8 must be one of"),
         (
             {"codec": {"moments": "int8"}},
-            r"codec=\{'moments': 'int8'\} must be .* a mapping of 'context', 'halo' to them",
+            r"codec=\{'moments': 'int8'\} must be .* a mapping of 'context', 'halo', 'output' to them",
         ),
         ({"codec": {"halo": None}}, r"codec=\{'halo': None\} must be"),
         ({"codec": {"halo": ["int8"]}}, r"codec=\{'halo': \['int8'\]\} must be"),
@@ -196,8 +196,16 @@ def test_errors_are_of_one_family_and_of_the_builtin_kind() -> None:
     [
         (None, None, {}),
         ({}, None, {}),
-        ("int8", "int8", {"context": "int8", "halo": "int8"}),
-        ({"context": "1bit", "halo": "1bit"}, "1bit", {"context": "1bit", "halo": "1bit"}),
+        ("int8", "int8", {"context": "int8", "halo": "int8", "output": "int8"}),
+        ("bf16", "bf16", {"context": "bf16", "halo": "bf16", "output": "bf16"}),
+        ("1bit", "1bit", {"context": "1bit", "halo": "1bit", "output": "int8"}),
+        (
+            {"output": "int8", "context": "int4", "halo": "int4"},
+            "int4",
+            {"context": "int4", "halo": "int4", "output": "int8"},
+        ),
+        ({"context": "1bit", "halo": "1bit"}, "context=1bit,halo=1bit", {"context": "1bit", "halo": "1bit"}),
+        ({"output": "fp16"}, "output=fp16", {"output": "fp16"}),
         ({"halo": "fp16", "context": "int4"}, "context=int4,halo=fp16", {"context": "int4", "halo": "fp16"}),
         ("halo=fp16, context=int4", "context=int4,halo=fp16", {"context": "int4", "halo": "fp16"}),
         ({"context": "int2"}, "context=int2", {"context": "int2"}),

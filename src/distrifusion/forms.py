@@ -22,8 +22,11 @@ CODECS = ("fp16", "bf16", "int8", "int4", "int2", "1bit")
 MEASURED = "measured"
 """The balance that follows the speed of the ranks."""
 
-CODED_SEAMS = ("context", "halo")
+CODED_SEAMS = ("context", "halo", "output")
 """Seams whose values may be coded. Moments never are: few bytes, and statistics of float32."""
+
+LEAST_OUTPUT = "int8"
+"""What a codec of fewer bits means for the prediction, which the picture is made of."""
 
 _SIZE = re.compile(r"(\d+(?:\.\d+)?)(KiB|MiB|GiB|TiB)", re.ASCII)
 
@@ -60,7 +63,7 @@ def patch_choices(numbers: Sequence[int]) -> list[int | None]:
 
 
 def codec_text(codec: Any) -> str | None:
-    """``codec`` in its one normal form: a name where all seams have the same, else ``seam=name,...``."""
+    """``codec`` in its one normal form: the name that means what is given, else ``seam=name,...``."""
     if codec is None:
         return None
     if isinstance(codec, str):
@@ -76,15 +79,17 @@ def codec_text(codec: Any) -> str | None:
             raise ConfigError(
                 f"codec={codec!r} must be one of {quoted(CODECS)}, or a mapping of {quoted(CODED_SEAMS)} to them"
             )
-    found = [f"{seam}={named[seam]}" for seam in CODED_SEAMS if seam in named]
-    names = set(named.values())
-    return (names.pop() if len(names) == 1 and len(found) == len(CODED_SEAMS) else ",".join(found)) or None
+    name = named.get("context", "")
+    if name and dict(named) == codecs_of(name):
+        return str(name)
+    return ",".join(f"{seam}={named[seam]}" for seam in CODED_SEAMS if seam in named) or None
 
 
 def codecs_of(text: str) -> dict[str, str]:
     """Seam -> name from either form of the text, unchecked."""
     if "=" not in text:
-        return dict.fromkeys(CODED_SEAMS, text)
+        is_shorter = text in CODECS and CODECS.index(text) > CODECS.index(LEAST_OUTPUT)
+        return {**dict.fromkeys(CODED_SEAMS, text), "output": LEAST_OUTPUT if is_shorter else text}
     parts = [part.partition("=") for part in text.split(",")]
     return {seam.strip(): name.strip() for seam, _, name in parts}
 

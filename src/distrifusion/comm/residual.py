@@ -11,6 +11,7 @@ another turn or another name, too short, or damaged, does not become part of a b
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from math import prod
 from typing import Any, Generic, TypeVar
 from zlib import crc32
@@ -125,6 +126,16 @@ class Arriving(Generic[T]):
         return self._results[0]
 
 
+@dataclass(frozen=True)
+class Said:
+    """One rank's words of a gathering."""
+
+    words: Tensor  # [sizes[rank]]: numbers, or a frame of uint8
+    sizes: list[int]  # of everyone's words
+    heard: Callable[[list[Tensor]], list[Tensor]]
+    """Of everyone's words the parts as all ranks have them: the own one too is what the others make of its frame."""
+
+
 class Wire:
     """Values of one picture (and guidance branch) that travel at once, by name; those of a kind with a codec as frames.
 
@@ -137,6 +148,11 @@ class Wire:
         # A name under another shape is another value: it starts anew on both sides.
         self._senders: dict[Any, Sender] = {}
         self._receivers: dict[Any, Receiver] = {}
+
+    def clear(self) -> None:
+        """Let the next of each value be whole, and the first base of those after it. All ranks do."""
+        self._senders.clear()
+        self._receivers.clear()
 
     def swap(
         self, name: str, sends: Mapping[int, Tensor], recvs: Mapping[int, Tensor], *, kind: str
@@ -157,29 +173,36 @@ class Wire:
         self, name: str, own: Tensor, shapes: Sequence[Sequence[int]], *, kind: str
     ) -> Pending[list[Tensor]]:
         """As `Comm.all_gather`, of tensors of any shape: ``own`` is ``shapes[rank]``, contiguous."""
+        rank = self._comm.rank
+        said = self.said(name, own, shapes, rank, kind=kind)
+
+        def parts(flat: list[Tensor]) -> list[Tensor]:
+            return [own if peer == rank else part for peer, part in enumerate(said.heard(flat))]
+
+        return Arriving(self._comm.all_gather(said.words, said.sizes, kind=kind), parts)
+
+    def said(self, name: str, own: Tensor, shapes: Sequence[Sequence[int]], rank: int, *, kind: str) -> Said:
+        """What ``rank`` says in a gathering of parts of ``shapes``, of which ``own`` is its own."""
         codec = self._codecs.get(kind)
         if codec is None:
-            sizes = [prod(shape) for shape in shapes]
-            travel = self._comm.all_gather(own.view(-1), sizes, kind=kind)
-            return Arriving(travel, lambda flat: [part.view(*s) for part, s in zip(flat, shapes, strict=True)])
+            whole = own.reshape(-1)
+            return Said(whole, [prod(shape) for shape in shapes], lambda flat: _shaped(flat, shapes))
         # All ranks know all shapes, and see a new one at the same time.
         lane = (name, tuple(map(tuple, shapes)))
-        is_known = _key(lane, own) in self._senders
-        frame = self._outgoing(codec, lane, own)
-        sizes = [frame_bytes(codec, shape) if is_known else prod(shape) for shape in shapes]
-        travel = self._comm.all_gather(frame.view(-1), sizes, kind=kind)
+        keys = [(lane, peer, tuple(shape), own.dtype) for peer, shape in enumerate(shapes)]
+        own_key = _key(lane, own)
+        is_known = own_key in self._senders
+        frame = self._outgoing(codec, lane, own).reshape(-1)
+        heard_of = self._senders[own_key].base
 
-        def finish(flat: list[Tensor]) -> list[Tensor]:
-            parts = []
-            for peer, (words, shape) in enumerate(zip(flat, shapes, strict=True)):
-                if peer == self._comm.rank:
-                    parts.append(own)
-                    continue
-                key = (lane, peer, tuple(shape), own.dtype)
-                parts.append(self._arrived(codec, key, words if is_known else words.view(*shape), peer))
-            return parts
+        def heard(flat: list[Tensor]) -> list[Tensor]:
+            words = flat if is_known else _shaped(flat, shapes)
+            return [
+                heard_of if peer == rank else self._arrived(codec, keys[peer], part, peer)
+                for peer, part in enumerate(words)
+            ]
 
-        return Arriving(travel, finish)
+        return Said(frame, [frame_bytes(codec, shape) if is_known else prod(shape) for shape in shapes], heard)
 
     def _outgoing(self, codec: Codec, lane: Any, value: Tensor) -> Tensor:
         """The frame; the first time the value."""
@@ -203,6 +226,10 @@ class Wire:
             return receiver.read(words)
         self._receivers[key] = Receiver(codec, key[0][0], words, peer)
         return words
+
+
+def _shaped(flat: list[Tensor], shapes: Sequence[Sequence[int]]) -> list[Tensor]:
+    return [part.view(*shape) for part, shape in zip(flat, shapes, strict=True)]
 
 
 def _key(lane: Any, value: Tensor) -> Any:

@@ -15,7 +15,7 @@ from ..config import ParallelConfig
 from ..errors import ConfigError
 from ..geometry import Levels, borders, near
 from .anatomy import Anatomy, Conv, Crossing, Joint, Total
-from .words import Rank, Said, in_whole_words, payload
+from .words import Rank, Said, frame, in_whole_words, payload
 
 PROBES = 64  # latents that travel with the prediction, to tell ranks whose noise differs
 MESSAGES, CHUNKS = 8, 4  # of a displaced step at most; the prediction is one of the messages
@@ -62,6 +62,8 @@ def traffic(
     num_patches = levels.splits[0].num_patches
     share = batch // config.cfg if batch >= config.cfg else batch
     said = Traffic()
+    is_late = config.strategy == "displaced" and step > config.warmup_steps
+    is_coded = num_patches > 1 and (is_late or (config.strategy == "sync" and step > 0))
     if config.strategy == "tensor":
         _summed(said, anatomy, share, rank % num_patches, num_patches)
     stands_alone = config.strategy == "naive" or (config.strategy == "shifted" and step >= config.warmup_steps)
@@ -69,17 +71,20 @@ def traffic(
         is_noted = config.strategy == "shifted" and config.remember and step == config.warmup_steps - 1
         ranks = [Rank(anatomy, levels, config, share, patch, not is_noted) for patch in range(num_patches)]
         own = ranks[rank % num_patches]
-        if config.strategy == "displaced" and step > config.warmup_steps:
+        if is_late:
             _displaced(said, own, ranks)
         else:
-            _synchronous(said, own, ranks, coded=config.strategy == "sync" and step > 0)
+            _synchronous(said, own, ranks, coded=is_coded)
             if is_noted:
                 _noted(said, anatomy, levels, config, share)
     groups = config.cfg if share < batch else 1
     rows = max(levels.splits[0].sizes) if config.strategy != "tensor" else ceil(levels.splits[0].size / num_patches)
-    largest = rows * levels.across[0] * anatomy.channels * share
+    sides = (rows, levels.across[0]) if config.split == "rows" else (levels.across[0], rows)
+    shape = (share, anatomy.channels, *sides)
+    codec = config.codecs.get("output") if is_coded else None
     probes = min(PROBES, batch * anatomy.channels * levels.splits[0].size * levels.across[0])
-    said.add("output", (largest + probes) * anatomy.item * (groups * num_patches - 1))
+    largest = frame(shape, codec) if codec is not None else prod(shape) * anatomy.item
+    said.add("output", (largest + probes * anatomy.item) * (groups * num_patches - 1))
     return said
 
 

@@ -25,7 +25,7 @@ class State:
     moved: Moved | None = None  # where the patches of this step lie, if each stands alone
     slots: Slots | None = None  # of strategies with late values
     seen: Seen | None = None  # of patches that remember where they were
-    wire: Wire | None = None  # of synchronous values that travel as residuals
+    wire: Wire | None = None  # of values that travel as residuals and are waited for
     stages: Stages | None = None  # of a model that is cut over its depth
     course: Course | None = None  # of patches that stream through the stages
     graphs: Graphs | None = None  # of steps that are recorded

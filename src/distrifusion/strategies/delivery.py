@@ -70,7 +70,9 @@ class Delivery:
             if self._sharing is not None and not self._sharing.is_over and _has_rows(ran.result[0]):
                 return self._in_rows(own, split, self._sharing, ran, call, halves)
         known = probe(call.sample) if not isinstance(call.sample, Rows) else own.new_empty(0)
-        gathering = self._guidance.gather(own, known, call.sample.shape[0], split, self._cutting.dim, halves)
+        # Which half of the ranks has which bases would depend on which of two calls was made.
+        wire = ran.wire if halves is None else None
+        gathering = self._guidance.gather(own, known, call.sample.shape[0], split, self._cutting.dim, halves, wire)
         if self.leaving is not None:  # on a slow link the prediction would wait for what leaves before it
             self.leaving.depart()
             self.leaving = None

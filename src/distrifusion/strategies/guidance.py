@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from ..comm import Comm, Pending
-from ..comm.residual import Arriving
+from ..comm.residual import Arriving, Wire
 from ..exchange import concatenated
 from ..geometry import Span, Split
 from ..mesh import Mesh
@@ -36,7 +36,14 @@ class Guidance:
         return self.shares(batch)[self.branch]
 
     def gather(
-        self, own: Tensor, extra: Tensor, batch: int, split: Split, dim: int, halves: Halves = None
+        self,
+        own: Tensor,
+        extra: Tensor,
+        batch: int,
+        split: Split,
+        dim: int,
+        halves: Halves = None,
+        wire: Wire | None = None,
     ) -> Pending[tuple[Tensor, list[Tensor]]]:
         """The whole prediction, ``[batch, C, H, W]`` or as `Table.fold` has it, and everyone's ``extra`` ``[n]``.
 
@@ -44,6 +51,7 @@ class Guidance:
 
         ``halves`` are the branches whose ranks have a prediction of the batch, if these are not what `share` says: the
         result is theirs, one after the other, and what another rank gives as its own counts for its shape only.
+        ``wire`` may have a codec for it; the own part of the result is then what the others have of it.
         """
         shares, alone = self._said(batch, halves)
         comm = self.patches if alone else self._comm
@@ -52,11 +60,14 @@ class Guidance:
             _part_shape(own, shares[branch], split, rank % split.num_patches, dim)
             for rank, branch in enumerate(branches)
         ]
-        sizes = [shape.numel() + extra.numel() for shape in shapes]
-        flat = torch.cat([own.reshape(-1)[: shapes[comm.rank].numel()], extra.to(own.dtype)])
+        part = own.reshape(-1)[: shapes[comm.rank].numel()].view(shapes[comm.rank])
+        wire = wire if wire is not None else Wire(comm)
+        said = wire.said("output", part, shapes, comm.rank, kind="output")
+        beside = extra.to(own.dtype).contiguous().view(said.words.dtype)
+        sizes = [size + beside.numel() for size in said.sizes]
 
         def joined(parts: list[Tensor]) -> tuple[Tensor, list[Tensor]]:
-            patches = [part[: shape.numel()].view(shape) for part, shape in zip(parts, shapes, strict=True)]
+            patches = said.heard([words[:size] for words, size in zip(parts, said.sizes, strict=True)])
             wholes = [
                 torch.cat(patches[first : first + split.num_patches], dim)
                 for first in range(0, comm.world, split.num_patches)
@@ -64,9 +75,10 @@ class Guidance:
             ]
             whole = concatenated(wholes, 0)
             whole = whole.roll(split.origin, dim) if split.origin else whole
-            return whole, [part[shape.numel() :] for part, shape in zip(parts, shapes, strict=True)]
+            extras = [words[size:].view(own.dtype) for words, size in zip(parts, said.sizes, strict=True)]
+            return whole, extras
 
-        return Arriving(comm.all_gather(flat, sizes, kind="output"), joined)
+        return Arriving(comm.all_gather(torch.cat([said.words, beside]), sizes, kind="output"), joined)
 
     def open_branches(self) -> None:
         """Connect the ranks that have the same patch, for `join_branches`. All ranks call this."""

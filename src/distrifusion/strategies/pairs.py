@@ -8,6 +8,7 @@ from typing import Any
 
 from torch import Tensor
 
+from ..comm.residual import Wire
 from ..geometry import Moved, Split
 from ..models import Call
 from .base import State
@@ -24,6 +25,7 @@ class Ran:
     split: Split  # of the picture
     moved: Moved | None = None  # where the patches were, if each stands alone
     coming: Any = None  # the prediction, where its patches are still under way
+    wire: Wire | None = None  # of the picture and branch: how the prediction travels
     departs: bool = True  # whether what has waited for the prediction may leave behind it
     is_complete: bool = True  # whether the next step can build on this one: the model left out no seam
 

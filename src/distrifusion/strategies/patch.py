@@ -49,7 +49,8 @@ class Displaced(Joined):
 
     def start(self) -> State:
         """See Strategy."""
-        return State(slots=Slots(self._comm, self._codecs, in_place=self._config.cuda_graphs))
+        slots = Slots(self._comm, self._codecs, in_place=self._config.cuda_graphs)
+        return State(slots=slots, wire=Wire(self._comm, self._codecs))
 
     def policy(self, state: State) -> Exchange:
         """See Strategy."""
