@@ -94,7 +94,9 @@ def _of_patches(random: Random, strategy: str, patches: int, is_unet: bool) -> d
         found["topology"] = random.choice(["ring-x", "torus"])
     if strategy in ("sync", "displaced"):
         if random.random() < 0.5:
-            found["codec"] = random.choice([*CODECS, {"context": "1bit", "halo": "fp16"}, {"halo": "int8"}])
+            found["codec"] = random.choice(
+                [*CODECS, {"context": "1bit", "halo": "fp16"}, {"halo": "int8"}, {"output": "int4"}]
+            )
         if is_unet and random.random() < 0.2:
             found["context_window"] = random.choice([0.0, 0.3, 1.0])
         if random.random() < 0.25:

@@ -35,10 +35,11 @@ class ParallelConfig:
         group_norm: statistics under ``displaced``: ``"corrected"`` (the paper's: all old, moved by the own change),
             ``"carried"`` (the peers' taken to go on as they went, and half as the own now does; nearer to one device),
             ``"stale"`` (peers' old, own fresh), ``"separate"`` (own only) or ``"sync"`` (exact, waits).
-        codec: fewer bytes for what travels inside the denoiser, at some cost in quality, ``sync`` included: one of
-            ``"fp16"``, ``"bf16"``, ``"int8"``, ``"int4"``, ``"int2"``, ``"1bit"`` for all seams, or a mapping such as
-            ``{"context": "int8", "halo": "fp16"}`` (as text: ``"context=int8,halo=fp16"``, which is how it is kept);
-            seams that it leaves out stay as they are. None: none. See docs/codecs.md.
+        codec: fewer bytes for what travels between patches, at some cost in quality, ``sync`` included: one of
+            ``"fp16"``, ``"bf16"``, ``"int8"``, ``"int4"``, ``"int2"``, ``"1bit"`` for all seams (the prediction with
+            8 bits at least), or a mapping such as ``{"context": "int8", "halo": "fp16"}`` (as text:
+            ``"context=int8,halo=fp16"``, which is how it is kept); of ``"context"``, ``"halo"`` and ``"output"``, those
+            that it leaves out stay as they are. None: none. See docs/codecs.md.
         context_window: None lets every patch attend to the whole picture. A number from 0 to 1 is the share of each
             neighbouring patch, its nearer rows, that a patch attends to beside itself (PCPP, arXiv 2412.02962);
             keys and values then go to neighbours only. Approximate, under ``sync`` too.
