@@ -133,7 +133,7 @@ class Said:
     words: Tensor  # [sizes[rank]]: numbers, or a frame of uint8
     sizes: list[int]  # of everyone's words
     heard: Callable[[list[Tensor]], list[Tensor]]
-    """Of everyone's words the parts as all ranks have them: the own one too is what the others make of its frame."""
+    """Everyone's words -> the parts as all ranks have them. The own one too is what the others make of its frame."""
 
 
 class Wire:
@@ -177,7 +177,8 @@ class Wire:
         said = self.said(name, own, shapes, rank, kind=kind)
 
         def parts(flat: list[Tensor]) -> list[Tensor]:
-            return [own if peer == rank else part for peer, part in enumerate(said.heard(flat))]
+            heard = said.heard(flat)
+            return [*heard[:rank], own, *heard[rank + 1 :]] if kind in self._codecs else heard
 
         return Arriving(self._comm.all_gather(said.words, said.sizes, kind=kind), parts)
 
