@@ -402,7 +402,7 @@ def test_what_cannot_fit_is_refused_with_the_numbers(tiny: Path) -> None:
         forecast(found, ParallelConfig(max_memory="486MiB"), mesh, (128, 128), **known)
     vae = build_vae("wan")
     df.parallelize(vae, ParallelConfig(max_memory=LIBRARIES + (1 << 20)))
-    with pytest.raises(df.ConfigError, match=r"too little for the VAE's decode, which needs at least 4.* \(whole\)"):
+    with pytest.raises(df.ConfigError, match=r"too little for the VAE's decode, which needs at least 5.* \(whole\)"):
         decoded(vae, latents_of("wan", 1, 24, 24, frames=2))
     assert Budget(20, 4, 3, 2).room == int(11 / 1.1)
 
@@ -435,3 +435,33 @@ def test_sizes(given: Any, num_bytes: int | None) -> None:
 def test_sizes_that_are_none(given: Any) -> None:
     with pytest.raises(df.ConfigError, match=r"^max_memory=.* must be a positive number of bytes, or a size"):
         ParallelConfig(max_memory=given)
+
+
+# Frames of a video
+
+
+@pytest.mark.parametrize("call", [decoded, encoded])
+def test_frames_of_a_video_take_what_is_predicted(call: Callable[[Any, Tensor], Tensor]) -> None:
+    """What is kept of the frames before is part of it, and so are those that are made."""
+    sizes = {"base_dim": 32, "z_dim": 16, "dim_mult": [1, 2], "num_res_blocks": 1, "temperal_downsample": [True]}
+    vae = diffusers.AutoencoderKLWan(**sizes).eval().requires_grad_(False)
+    df.parallelize(vae, ParallelConfig(max_memory=PLENTY))
+    x = torch.randn(1, 16, 3, 72, 72) if call is decoded else torch.randn(1, 3, 9, 144, 144)
+    call(vae, x[:, :, :1].clone())
+    (alone,) = (fit.peak for fit in vae._distrifusion.budget.fits.values())
+    call(vae, x)
+    peak = measured(lambda: call(vae, x))
+    (predicted,) = (fit.peak for fit in vae._distrifusion.budget.fits.values())
+    assert abs(peak - predicted) <= TENTH * predicted + SMALL
+    assert predicted > alone
+
+
+@pytest.mark.parametrize("name", ["qwen", "wan", "wan-2.2"])
+@pytest.mark.parametrize(("world", "split"), [(3, "rows"), (5, "cols")])
+def test_frames_of_a_video_on_uneven_ranks_equal_one_device(name: str, world: int, split: Any) -> None:
+    """Each rehearses the largest patch, with a past of its own rows; they come to the same plan."""
+    latents, pixels = latents_of(name, 1, 4, 7, frames=3), pixels_of(name, 1, 16 * 4, 16 * 7, frames=9)
+    for call, x in ((decoded, latents), (encoded, pixels)):
+        truth = call(build_vae(name), x)
+        for result in on_ranks(name, world, x, call, split=split):
+            assert distance(result, truth) <= EXACT

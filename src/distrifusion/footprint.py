@@ -211,12 +211,16 @@ class _Footprint(TorchDispatchMode):  # type: ignore[no-untyped-call]
 def _scratch(func: Any, args: Any, made: list[Tensor]) -> int:
     """What a kernel needs beside its result.
 
-    On a CPU oneDNN lays out the input of a convolution anew, and then its output, but for 1 x 1 in float32. On
-    accelerators the libraries choose by what is free.
+    On a CPU oneDNN lays out the input of a convolution anew, and then its output, but for 1 x 1 in float32. Where torch
+    keeps a convolution of frames to itself, of few channels, it has a column of all that is read for each pixel that is
+    made. On accelerators the libraries choose by what is free.
     """
     if func is not torch.ops.aten.convolution.default or args[0].device.type != "cpu":
         return 0
-    x, weight = args[:2]
+    x: Tensor = args[0]
+    weight: Tensor = args[1]
+    if torch._C._select_conv_backend(*args).name == "Slow3d":
+        return weight[0].numel() * made[0].numel() // len(weight) * x.element_size()
     is_matmul = weight.shape[2:].numel() == 1 and x.dtype == torch.float32
     return 0 if is_matmul else max(each.numel() * each.element_size() for each in (x, made[0]))
 

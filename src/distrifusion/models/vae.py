@@ -83,11 +83,15 @@ class Half:
         A video's VAE calls its halves with some frames at a time, which are views of all; only of tiles they are not.
         What it keeps of them, the input of each convolution, takes as much memory as the work itself.
         """
-        sample = arguments[self.input_name]
-        is_alone = not self.is_tiled and sample.untyped_storage().nbytes() == sample.nbytes
+        is_alone = not self.is_tiled and self.num_calls(arguments) == 1
         if arguments.get("feat_cache") is None or not is_alone:
             return arguments
         return {**arguments, "feat_cache": None}
+
+    def num_calls(self, arguments: dict[str, Any]) -> int:
+        """In how many calls of as many frames as this one the VAE goes through a video, about: 1 for a picture."""
+        sample: Tensor = arguments[self.input_name]
+        return -(-sample.untyped_storage().nbytes() // max(sample.nbytes, 1))
 
     def tail(self) -> Tail | None:
         """What may be computed in bands of rows; None: nothing of this half is known to."""

@@ -42,7 +42,13 @@ def shared_bytes(mesh: Mesh, *, streams: bool = False) -> int:
 
 
 def half_fit(
-    half: Half, holder: FrameHolder, levels: Levels, dim: int, arguments: Mapping[str, Any], budget: Budget
+    half: Half,
+    holder: FrameHolder,
+    levels: Levels,
+    dim: int,
+    arguments: Mapping[str, Any],
+    budget: Budget,
+    patch: int = 0,
 ) -> tuple[Bands | None, Fit]:
     """The least work with which an encode or decode fits into the budget: whole, or its tail in bands.
 
@@ -56,8 +62,9 @@ def half_fit(
         dim: the split dim.
         arguments: of its forward, the sample first.
         budget: of each rank.
+        patch: of this rank, whose rows those are that it has kept of a video's earlier frames.
     """
-    trial = _Trial(half, holder, levels, dim, arguments)
+    trial = _Trial(half, holder, levels, dim, arguments, patch)
     part = f"VAE's {half.kind}"
     plain = Fit(part, "whole", trial.peak(None))
     tail = half.tail()
@@ -94,24 +101,44 @@ def _cuts(tail: Tail) -> list[int]:
 class _Trial:
     """Rehearsals of one call of a VAE's half, on the rank with the largest patch."""
 
-    def __init__(self, half: Half, holder: FrameHolder, levels: Levels, dim: int, arguments: Mapping[str, Any]) -> None:
+    def __init__(
+        self, half: Half, holder: FrameHolder, levels: Levels, dim: int, arguments: Mapping[str, Any], patch: int
+    ) -> None:
         self._half, self._holder, self._levels, self._dim = half, holder, levels, dim
-        self._arguments = arguments
+        self._arguments, self._own = dict(arguments), patch
+        self._past = self._arguments.pop("feat_cache", None)
         self._patch = largest_patch(levels.splits[0])
 
     def peak(self, bands: Bands | None) -> int:
         """Bytes of the tensors that the rank has at a time, the result on all ranks included."""
         half, trial, pretended = self._half, rehearsal(self._half.module), Pretended()
-        arguments = trial.stand_in(dict(self._arguments))
+        arguments = trial.stand_in(self._arguments)
         frame = self._holder.frame = self._frame(pretended)
         try:
             with trial.running():
+                if self._past is not None:  # made in here it counts, until the model lets go of it
+                    arguments["feat_cache"] = [self._kept(each) for each in self._past]
                 own = run_half(half, self._holder, frame, arguments, bands, pretended)
                 dim = own.ndim - 4 + self._dim
                 made = whole(own, self._levels.splits[half.level_out(self._levels)], dim, pretended)
         finally:
             self._holder.frame = None
-        return max(trial.peak, PICTURES * _bytes(made) if half.kind == "decode" else 0)
+        if half.kind == "encode":
+            return trial.peak
+        num_calls = half.num_calls(self._arguments) if self._past is not None else 1
+        before = (num_calls - 1) * _bytes(made)  # of the other frames, which the VAE joins
+        return max(trial.peak + before, PICTURES * num_calls * _bytes(made))
+
+    def _kept(self, each: Any) -> Any:
+        """What the rank with the largest patch has kept of earlier frames, where this rank has ``each``."""
+        if not isinstance(each, Tensor):
+            return each
+        dim, shape = each.ndim - 4 + self._dim, list(each.shape)  # [B, C, frames, rows, W]
+        across = shape[2 * each.ndim - 3 - dim]
+        for split, width in zip(self._levels.splits, self._levels.across, strict=True):
+            if (shape[dim], across) == (split.sizes[self._own], width):  # else it is of the whole picture
+                return _resized(each, dim, split.sizes[self._patch])
+        return _resized(each, dim, shape[dim])
 
     def most_bands(self, first: int, most_twice: int) -> int:
         """The most bands from module ``first`` on with ``most_twice`` as many rows around a band as in it."""

@@ -236,10 +236,14 @@ class _ParallelHalf(Layer):
         """
         if self._budget is None:
             return None
-        key = sample.shape, sample.dtype, self._budget.room
+        past = arguments.get("feat_cache") or ()
+        kept = tuple(each.shape[2] if isinstance(each, Tensor) else each for each in past)  # frames
+        num_calls = self._half.num_calls(arguments) if past else 1
+        key = sample.shape, sample.dtype, self._budget.room, kept, num_calls
         if key not in self._fits:
             levels = self._half.levels(sample, self._comm.world, self._dim, self._rings)
-            self._fits[key] = half_fit(self._half, self._holder, levels, self._dim, arguments, self._budget)
+            given = levels, self._dim, arguments, self._budget, self._comm.rank
+            self._fits[key] = half_fit(self._half, self._holder, *given)
         bands, fit = self._fits[key]
         self._budget.accept(fit)
         return bands
