@@ -62,9 +62,8 @@ def half_fit(
         dim: the split dim.
         arguments: of its forward, the sample first.
         budget: of each rank.
-        patch: of this rank, whose rows those are that it has kept of a video's earlier frames.
     """
-    trial = _Trial(half, holder, levels, dim, arguments, patch)
+    trial = _Trial(half, holder, levels, dim, arguments)
     part = f"VAE's {half.kind}"
     plain = Fit(part, "whole", trial.peak(None))
     tail = half.tail()
@@ -101,11 +100,9 @@ def _cuts(tail: Tail) -> list[int]:
 class _Trial:
     """Rehearsals of one call of a VAE's half, on the rank with the largest patch."""
 
-    def __init__(
-        self, half: Half, holder: FrameHolder, levels: Levels, dim: int, arguments: Mapping[str, Any], patch: int
-    ) -> None:
+    def __init__(self, half: Half, holder: FrameHolder, levels: Levels, dim: int, arguments: Mapping[str, Any]) -> None:
         self._half, self._holder, self._levels, self._dim = half, holder, levels, dim
-        self._arguments, self._own = dict(arguments), patch
+        self._arguments = dict(arguments)
         self._past = self._arguments.pop("feat_cache", None)
         self._patch = largest_patch(levels.splits[0])
 
@@ -117,7 +114,7 @@ class _Trial:
         try:
             with trial.running():
                 if self._past is not None:  # made in here it counts, until the model lets go of it
-                    arguments["feat_cache"] = [self._kept(each) for each in self._past]
+                    arguments["feat_cache"] = [self._kept(each, i == 0) for i, each in enumerate(self._past)]
                 own = run_half(half, self._holder, frame, arguments, bands, pretended)
                 dim = own.ndim - 4 + self._dim
                 made = whole(own, self._levels.splits[half.level_out(self._levels)], dim, pretended)
@@ -129,16 +126,16 @@ class _Trial:
         before = (num_calls - 1) * _bytes(made)  # of the other frames, which the VAE joins
         return max(trial.peak + before, PICTURES * num_calls * _bytes(made))
 
-    def _kept(self, each: Any) -> Any:
-        """What the rank with the largest patch has kept of earlier frames, where this rank has ``each``."""
+    def _kept(self, each: Any, is_first: bool) -> Any:
+        """What the rank with the largest patch has kept of earlier frames, where this rank has ``each``.
+
+        ``is_first``: of the first convolution, which reads the whole picture.
+        """
         if not isinstance(each, Tensor):
             return each
-        dim, shape = each.ndim - 4 + self._dim, list(each.shape)  # [B, C, frames, rows, W]
-        across = shape[2 * each.ndim - 3 - dim]
-        for split, width in zip(self._levels.splits, self._levels.across, strict=True):
-            if (shape[dim], across) == (split.sizes[self._own], width):  # else it is of the whole picture
-                return _resized(each, dim, split.sizes[self._patch])
-        return _resized(each, dim, shape[dim])
+        dim, across = (-2, -1) if self._dim == 2 else (-1, -2)  # of [B, C, frames, rows, W]
+        split = self._levels.splits[self._levels.across.index(each.shape[across])]
+        return _resized(each, dim, split.size if is_first else split.sizes[self._patch])
 
     def most_bands(self, first: int, most_twice: int) -> int:
         """The most bands from module ``first`` on with ``most_twice`` as many rows around a band as in it."""

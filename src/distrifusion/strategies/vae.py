@@ -242,8 +242,7 @@ class _ParallelHalf(Layer):
         key = sample.shape, sample.dtype, self._budget.room, kept, num_calls
         if key not in self._fits:
             levels = self._half.levels(sample, self._comm.world, self._dim, self._rings)
-            given = levels, self._dim, arguments, self._budget, self._comm.rank
-            self._fits[key] = half_fit(self._half, self._holder, *given)
+            self._fits[key] = half_fit(self._half, self._holder, levels, self._dim, arguments, self._budget)
         bands, fit = self._fits[key]
         self._budget.accept(fit)
         return bands
