@@ -459,7 +459,7 @@ def test_frames_of_a_video_take_what_is_predicted(call: Callable[[Any, Tensor], 
 @pytest.mark.parametrize("name", ["qwen", "wan", "wan-2.2"])
 @pytest.mark.parametrize(("world", "split"), [(3, "rows"), (5, "cols")])
 def test_frames_of_a_video_on_uneven_ranks_equal_one_device(name: str, world: int, split: Any) -> None:
-    """Each rehearses the largest patch, with a past of its own rows; they come to the same plan."""
+    """Each rehearses the largest patch, which has another past than its own; some have no row of latent."""
     few, more, pixels = latents_of(name, 1, 1, 2, frames=2), latents_of(name, 1, 4, 7, frames=3), (16 * 4, 16 * 7)
     for call, x in ((decoded, few), (decoded, more), (encoded, pixels_of(name, 1, *pixels, frames=9))):
         truth = call(build_vae(name), x)

@@ -183,7 +183,10 @@ class Wire:
         return Arriving(self._comm.all_gather(said.words, said.sizes, kind=kind), parts)
 
     def said(self, name: str, own: Tensor, shapes: Sequence[Sequence[int]], rank: int, *, kind: str) -> Said:
-        """What ``rank`` says in a gathering of parts of ``shapes``, of which ``own`` is its own."""
+        """What ``rank`` says in a gathering of parts of ``shapes``, of which ``own`` is its own.
+
+        The caller launches it, beside other words or on a communicator of more ranks, and hands over what came.
+        """
         codec = self._codecs.get(kind)
         if codec is None:
             whole = own.reshape(-1)

@@ -83,13 +83,14 @@ class Half:
         A video's VAE calls its halves with some frames at a time, which are views of all; only of tiles they are not.
         What it keeps of them, the input of each convolution, takes as much memory as the work itself.
         """
-        is_alone = not self.is_tiled and self.num_calls(arguments) == 1
+        sample = arguments[self.input_name]
+        is_alone = not self.is_tiled and sample.untyped_storage().nbytes() == sample.nbytes
         if arguments.get("feat_cache") is None or not is_alone:
             return arguments
         return {**arguments, "feat_cache": None}
 
     def num_calls(self, arguments: dict[str, Any]) -> int:
-        """In how many calls of as many frames as this one the VAE goes through a video, about: 1 for a picture."""
+        """In how many calls of as many frames as this one the VAE goes through a video, about; see `without_past`."""
         sample: Tensor = arguments[self.input_name]
         return -(-sample.untyped_storage().nbytes() // max(sample.nbytes, 1))
 

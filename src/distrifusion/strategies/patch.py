@@ -55,8 +55,10 @@ class Displaced(Joined):
     def policy(self, state: State) -> Exchange:
         """See Strategy."""
         assert state.slots is not None
+        assert state.wire is not None
         # Slots are empty after a change of rows, too.
         if state.step <= self._config.warmup_steps or state.slots.is_empty:
+            state.wire.clear()  # the prediction is whole in these steps, as all else
             keeps_moments = uses_old_moments(self._config.group_norm)
             return Fresh(self._comm, state.slots, keeps_moments=keeps_moments)
         return Stale(self._comm, state.slots, self._config.group_norm)

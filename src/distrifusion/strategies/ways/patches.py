@@ -89,12 +89,9 @@ class InPatches:
         is_complete = exchange.finish()
         self.kind = exchange.kind if setting.is_spread else "sync"
         report.patches, report.balance = picture.splits[0].sizes, setting.balance.origin(table.size(call))
-        if state.wire is not None and exchange.kind != self._strategy.name:
-            state.wire.clear()  # synchronous steps before displaced ones send whole values
         split, own = self._part(exchange, picture.splits[0], own, report)
-        return Ran(
-            result, own, split, cutting.moved, wire=state.wire if self._is_cut else None, is_complete=is_complete
-        )
+        wire = state.wire if self._is_cut else None
+        return Ran(result, own, split, cutting.moved, wire=wire, is_complete=is_complete)
 
     def _result(self, exchange: Exchange, call: Call, frame: Frame, state: State) -> Any:
         """What the model gives for this rank's part of a call."""
